@@ -1,0 +1,1 @@
+"""Compressed model checkpoints: configs, packed safetensors, and modules that run from them."""

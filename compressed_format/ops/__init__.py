@@ -1,0 +1,11 @@
+"""The ops: one for each task, defined in plain torch, and run by native kernels where there are some."""
+
+from __future__ import annotations
+
+from compressed_format.ops.extension import backend_info, load_libraries, native_library
+from compressed_format.ops.pack import pack_codes
+
+__all__ = ["backend_info", "native_library", "pack_codes"]
+
+# Only now: a library registers kernels for ops whose schemas the imports above have defined.
+load_libraries()

@@ -1,0 +1,89 @@
+"""Finds and loads the native libraries, once. Without one the references run, and :func:`backend_info` says why.
+
+Set ``COMPRESSED_FORMAT_DISABLE_NATIVE=1`` before the first import to run on the references alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import compressed_format
+
+__all__ = ["backend_info", "load_libraries", "native_library"]
+
+DISABLE_VARIABLE = "COMPRESSED_FORMAT_DISABLE_NATIVE"
+LIBRARY_NAME = "libcompressed_format_cpu" + (".dll" if os.name == "nt" else ".so")
+
+
+@dataclass(frozen=True)
+class Library:
+    """What became of a native library: its file if it is loaded, or else the reason why it is not."""
+
+    path: Path | None = None
+    reason: str | None = None
+    kernels: tuple[str, ...] = ()
+
+
+# Read once: an op must not change its kernels halfway through a program.
+_disabled = os.environ.get(DISABLE_VARIABLE, "") not in ("", "0")
+_libraries: dict[str, Library] = {}
+
+
+def load_libraries() -> None:
+    """Load what can be loaded. Called once, by the package ``ops``, after the schemas of all ops are defined."""
+    if "cpu" not in _libraries:
+        _libraries["cpu"] = _load(compressed_format.__path__)
+
+
+def native_library() -> Path | None:
+    """The file of the loaded CPU library, or ``None`` where the references run."""
+    return _libraries["cpu"].path
+
+
+def backend_info() -> dict[str, Any]:
+    """Which native libraries and kernels are there, and why not, as plain values that can be printed or logged."""
+    kernels: dict[str, list[str]] = {}
+    for device, library in _libraries.items():
+        for kernel in library.kernels:
+            op, _, problem = kernel.partition(": ")
+            kernels.setdefault(op, []).append(f"{device}: {problem}")
+    return {
+        "torch": str(torch.__version__),
+        "cpu": {
+            "architecture": platform.machine(),
+            "vector instructions": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+        },
+        "libraries": {
+            device: {"path": None if library.path is None else str(library.path), "reason": library.reason}
+            for device, library in _libraries.items()
+        },
+        "kernels": kernels,
+    }
+
+
+def _load(folders: Iterable[str]) -> Library:
+    if _disabled:
+        return Library(reason=f"disabled by {DISABLE_VARIABLE}")
+    # An editable install spreads the package over two folders: the sources', and the one the build installs into.
+    searched = [Path(folder) for folder in folders]
+    path = next((folder / LIBRARY_NAME for folder in searched if (folder / LIBRARY_NAME).is_file()), None)
+    if path is None:
+        places = ", ".join(str(folder) for folder in searched)
+        return Library(reason=f"not built: there is no {LIBRARY_NAME} in {places}")
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        # torch wraps the loader's own message, which is the one that says what is wrong with the file.
+        return Library(reason=f"cannot be loaded: {error.__cause__ or error}")
+    kernels = ctypes.CDLL(str(path)).compressed_format_kernels
+    kernels.restype = ctypes.c_char_p
+    return Library(path=path, kernels=tuple(kernels().decode().splitlines()))
