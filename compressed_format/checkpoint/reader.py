@@ -1,0 +1,192 @@
+"""Reading a checkpoint: headers first and checked, tensors mapped when they are asked for."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+import threading
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from frozendict import frozendict
+
+from compressed_format.checkpoint.header import TensorSpec
+from compressed_format.checkpoint.index import INDEX_FILE, INDEX_SUFFIX, SINGLE_FILE, parse_index
+from compressed_format.checkpoint.publish import PARTIAL_SUFFIX
+from compressed_format.checkpoint.shard_file import ShardFile, read_regular
+from compressed_format.dtypes import DTYPES, torch_dtype
+from compressed_format.errors import CheckpointError, Problem
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Checkpoint", "read_checkpoint"]
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+class Checkpoint(Mapping[str, "torch.Tensor"]):
+    """The tensors of a checkpoint by name, in the order of their files and of the data in these.
+
+    ``path`` is what was asked for, ``folder`` where its files are, ``files`` their names relative to that,
+    ``metadata`` what their headers say besides tensors; where two files disagree, the first one's word.
+
+    ``checkpoint[name]`` is a CPU tensor whose memory is the file's own, mapped when first touched. It stays valid as
+    long as the tensor lives, whatever becomes of this object or of the file's name. Writing into it changes this
+    process's copy, never the file. Only a tensor that does not start at a multiple of its item size, which the
+    format allows, is copied. Raises ``KeyError`` for a name that is not there, and :class:`CheckpointError` when
+    the file is no longer the one whose header was read.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        folder: Path,
+        tensors: Mapping[str, TensorSpec],
+        shards: Mapping[str, ShardFile],
+    ) -> None:
+        self.path = path
+        self.folder = folder
+        self.files = tuple(shards)
+        self.metadata: Mapping[str, str] = frozendict(ChainMap(*(dict(shard.metadata) for shard in shards.values())))
+        self._tensors = frozendict(tensors)
+        self._shards = dict(shards)
+        self._maps: dict[str, mmap.mmap] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all tensors."""
+        return tuple(self._tensors)
+
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype, shape and place of a tensor, from its header alone. Raises ``KeyError``."""
+        return self._tensors[name]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        import torch
+
+        spec = self._tensors[name]
+        dtype = torch_dtype(spec.dtype)
+        if spec.nbytes == 0:
+            return torch.empty(spec.shape, dtype=dtype)
+        # A storage of its own for each tensor, though the map is shared: whoever looks for tied tensors compares
+        # storages, and whoever pickles one writes all of it.
+        data = torch.frombuffer(self._map(spec.file), dtype=torch.uint8, count=spec.nbytes, offset=spec.start)
+        if spec.start % (DTYPES[spec.dtype].bits // 8) != 0:
+            data = data.clone()
+        return data.view(dtype).view(spec.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, {len(self)} tensors in {len(self.files)} files)"
+
+    # A mapping is equal to another one when its values are, and tensors cannot say that in one word.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def _map(self, file: str) -> mmap.mmap:
+        with self._lock:
+            if file not in self._maps:
+                self._maps[file] = self._shards[file].map()
+            return self._maps[file]
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open a checkpoint by its headers, without reading any tensor.
+
+    ``path`` is a folder with ``model.safetensors``, else with ``model.safetensors.index.json`` and the shards this
+    names, else with exactly one other ``.safetensors`` file; or it is one such file or index. Links to files are
+    followed. Pickle is never read.
+
+    Raises :class:`CheckpointError`, with everything that is wrong in ``problems``: nothing found, an unfinished save,
+    a header or index that contradicts the format or the files, a tensor that is in a shard and not in the index.
+    """
+    path = Path(path)
+    folder, index, files = _locate(path)
+    problems: list[Problem] = []
+    weight_map: dict[str, str] = {}
+    if index is not None:
+        try:
+            weight_map = parse_index(read_regular(folder, index), place=index)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} cannot be read:", error.problems) from error
+        files = sorted(set(weight_map.values()))
+    shards: dict[str, ShardFile] = {}
+    tensors: dict[str, TensorSpec] = {}
+    for file in files:
+        try:
+            shards[file] = ShardFile.read(folder, file)
+        except CheckpointError as error:
+            problems.extend(error.problems)
+            continue
+        for name, spec in shards[file].tensors.items():
+            if index is None or weight_map.get(name) == file:
+                tensors[name] = spec
+            elif name in weight_map:
+                problems.append(Problem(f"{file}: {name}", f"is here, and {index} says {weight_map[name]!r}"))
+            else:
+                problems.append(Problem(f"{file}: {name}", f"is here, and not in {index}"))
+    for name, file in weight_map.items():
+        if file in shards and name not in shards[file].tensors:
+            problems.append(Problem(f"{index}: weight_map.{name}", f"is not in {file}"))
+    if problems:
+        raise CheckpointError(f"{path} cannot be read:", problems)
+    return Checkpoint(path, folder, tensors, shards)
+
+
+def _locate(path: Path) -> tuple[Path, str | None, list[str]]:
+    """Folder, and either the index's name or those of the files in it."""
+    try:
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+        resolved = Path(os.path.realpath(path))
+        for folder in (path, resolved) if is_folder else (path.parent, resolved.parent):
+            if folder.name.endswith(PARTIAL_SUFFIX):
+                raise _error(folder, "is an unfinished save; save again, and load what that leaves")
+        names = sorted(entry.name for entry in path.iterdir()) if is_folder else [path.name]
+    except FileNotFoundError as error:
+        raise _error(path, "there is no such file or folder (a folder or a .safetensors file is looked for)") from error
+    except OSError as error:
+        raise _error(path, f"cannot be read: {error.strerror or error}") from error
+    if not is_folder:
+        if path.name.endswith(INDEX_SUFFIX):
+            return path.parent, path.name, []
+        if path.name.endswith(".safetensors"):
+            return path.parent, None, names
+        raise _error(path, f"is no .safetensors file{_about_pickles(names)}")
+    if SINGLE_FILE in names:
+        return path, None, [SINGLE_FILE]
+    if INDEX_FILE in names:
+        return path, INDEX_FILE, []
+    others = [name for name in names if name.endswith(".safetensors")]
+    if len(others) == 1:
+        return path, None, others
+    looked_for = f"{SINGLE_FILE}, {INDEX_FILE} and exactly one other .safetensors file"
+    if others:
+        raise _error(path, f"none of {looked_for} is there, but {', '.join(others)}: name one of them, or add an index")
+    raise _error(path, f"none of {looked_for} is there{_about_pickles(names)}")
+
+
+def _about_pickles(names: list[str]) -> str:
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    if not pickles:
+        return ""
+    return (
+        f"; {', '.join(pickles)} may hold a pickle, which is never read, because it can run code: convert it to "
+        "safetensors first (safetensors.torch.save_file, or save_pretrained of a recent transformers)"
+    )
+
+
+def _error(path: Path, message: str) -> CheckpointError:
+    return CheckpointError(problems=[Problem(str(path), message)])

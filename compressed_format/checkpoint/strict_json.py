@@ -1,0 +1,43 @@
+"""JSON objects out of files that may lie: duplicate keys, NaN, half characters and deep nesting are refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+__all__ = ["parse_object"]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {key!r} occurs twice in one object")
+            seen.add(key)
+    return members
+
+
+def _constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a JSON value")
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """The object that ``data`` holds as UTF-8 JSON.
+
+    Raises ``ValueError``, with a reason that completes a sentence, for anything else.
+    """
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
+        if b"\\u" in data:  # an escape may stand for half a surrogate pair, a string that cannot even be printed
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 at byte {error.start}") from error
+    except UnicodeEncodeError as error:
+        raise ValueError("a string in it is not valid Unicode") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"it is a JSON {type(value).__name__} where an object is expected")
+    return value
