@@ -1,1 +1,82 @@
-"""Compressed model checkpoints: configs, packed safetensors, and modules that run from them."""
+"""Compressed model checkpoints: configs authored in JSON, packed safetensors, and modules that run straight from them.
+
+Names are imported when they are first used: ``import compressed_format`` alone imports neither torch nor pydantic.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# Name -> module. A sorted closed table; `__all__` is its keys.
+_EXPORTS = {
+    "CalibrationError": "errors",
+    "CheckpointError": "errors",
+    "CheckpointExistsError": "errors",
+    "CheckpointLockedError": "errors",
+    "CompressedEmbedding": "linear",
+    "CompressedFormatError": "errors",
+    "CompressedFormatWarning": "errors",
+    "CompressedLinear": "linear",
+    "ConfigError": "errors",
+    "FormatError": "errors",
+    "OpArgumentError": "errors",
+    "Problem": "errors",
+    "QuantizationArgs": "config",
+    "QuantizationConfig": "config",
+    "QuantizationError": "errors",
+    "QuantizationScheme": "config",
+    "QuantizedWeight": "quantization",
+    "TargetError": "errors",
+    "UnsupportedFormatError": "errors",
+    "backend_info": "ops",
+    "compress": "compression",
+    "decompress": "compression",
+    "dequantize": "quantization",
+    "load_compressed": "load",
+    "quantize": "quantization",
+    "resolve_targets": "config",
+    "save_compressed": "save",
+}
+
+__all__ = sorted(_EXPORTS)  # noqa: PLE0605
+
+if TYPE_CHECKING:
+    from compressed_format.compression import compress, decompress
+    from compressed_format.config import QuantizationArgs, QuantizationConfig, QuantizationScheme, resolve_targets
+    from compressed_format.errors import (
+        CalibrationError,
+        CheckpointError,
+        CheckpointExistsError,
+        CheckpointLockedError,
+        CompressedFormatError,
+        CompressedFormatWarning,
+        ConfigError,
+        FormatError,
+        OpArgumentError,
+        Problem,
+        QuantizationError,
+        TargetError,
+        UnsupportedFormatError,
+    )
+    from compressed_format.linear import CompressedEmbedding, CompressedLinear
+    from compressed_format.load import load_compressed
+    from compressed_format.ops import backend_info
+    from compressed_format.quantization import QuantizedWeight, dequantize, quantize
+    from compressed_format.save import save_compressed
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("compressed_format")
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from compressed_format.ops.extension import backend_info, load_libraries, native_library
 from compressed_format.ops.pack import pack_codes
+from compressed_format.ops.schemas import dequantize, embedding, fake_quantize, linear
 
-__all__ = ["backend_info", "native_library", "pack_codes"]
+__all__ = [
+    "backend_info",
+    "dequantize",
+    "embedding",
+    "fake_quantize",
+    "linear",
+    "native_library",
+    "pack_codes",
+]
 
 # Only now: a library registers kernels for ops whose schemas the imports above have defined.
 load_libraries()

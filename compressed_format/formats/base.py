@@ -1,0 +1,148 @@
+"""What every format is: a name, the tensors it stores, and the two translations."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from compressed_format.config import ActivationOrdering, CompressionFormat, QuantizationArgs
+from compressed_format.errors import FormatError, Problem
+from compressed_format.quantization import QuantizedWeight, code_range
+
+__all__ = [
+    "FLOAT_DTYPES",
+    "Format",
+    "TensorSpec",
+    "check_codes",
+    "check_scales",
+    "check_tensors",
+    "decode_g_idx",
+    "g_idx_spec",
+    "require_args",
+]
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a stored tensor must look like: one of ``dtypes``, and ``shape``, where None stands for any size."""
+
+    dtypes: tuple[torch.dtype, ...]
+    shape: tuple[int | None, ...]
+
+    def problem(self, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+        """What is wrong with a tensor of this dtype and shape, or None."""
+        if dtype not in self.dtypes:
+            return f"has dtype {_name(dtype)}, expected {' or '.join(map(_name, self.dtypes))}"
+        fits = len(shape) == len(self.shape) and all(
+            expected in (None, found) for expected, found in zip(self.shape, shape, strict=True)
+        )
+        if fits:
+            return None
+        expected = ", ".join("any" if size is None else str(size) for size in self.shape)
+        return f"has shape {list(shape)}, expected [{expected}]"
+
+
+class Format(ABC):
+    """One way to lay a weight out in tensors.
+
+    Tensors go by their suffix: the checkpoint's name is ``<module>.<suffix>``. ``place`` is the module's name, for
+    errors.
+    """
+
+    name: CompressionFormat
+
+    @abstractmethod
+    def tensor_specs(self, shape: tuple[int, ...], args: QuantizationArgs | None) -> dict[str, TensorSpec]:
+        """The tensors of a weight of ``shape`` ``[..., O, I]``, by suffix, in the order they are written."""
+
+    @abstractmethod
+    def encode(
+        self, quantized: QuantizedWeight, args: QuantizationArgs | None, *, place: str = ""
+    ) -> dict[str, torch.Tensor]:
+        """The tensors that hold ``quantized``. Raises :class:`FormatError` for codes or scales out of range."""
+
+    @abstractmethod
+    def decode(
+        self, tensors: Mapping[str, torch.Tensor], args: QuantizationArgs | None, *, place: str = ""
+    ) -> QuantizedWeight:
+        """The inverse of :meth:`encode`. Raises :class:`FormatError` for anything that :meth:`encode` cannot write."""
+
+
+def check_tensors(
+    tensors: Mapping[str, torch.Tensor], specs: Mapping[str, TensorSpec], place: str, optional: tuple[str, ...] = ()
+) -> None:
+    """Raise one :class:`FormatError` that lists each missing, misshapen or mistyped tensor."""
+    problems = []
+    for suffix, spec in specs.items():
+        name = f"{place}.{suffix}" if place else suffix
+        if suffix in tensors:
+            problem = spec.problem(tensors[suffix].dtype, tuple(tensors[suffix].shape))
+            if problem:
+                problems.append(Problem(name, problem))
+        elif suffix not in optional:
+            problems.append(Problem(name, f"is missing; found {', '.join(sorted(tensors)) or 'no tensors'}"))
+    if problems:
+        raise FormatError(problems=problems)
+
+
+def check_codes(codes: torch.Tensor, args: QuantizationArgs, place: str) -> None:
+    """Raise :class:`FormatError` for the first code outside the range of ``args`` (int) or that is NaN (float)."""
+    if codes.numel() == 0:
+        return
+    if codes.dtype.is_floating_point:
+        bad = codes.isnan()
+        allowed = "a finite float8_e4m3fn value"
+    else:
+        lowest, highest = code_range(args)
+        smallest, largest = torch.aminmax(codes)
+        if lowest <= smallest and largest <= highest:
+            return
+        bad = (codes < lowest) | (codes > highest)
+        allowed = f"{int(lowest)} to {int(highest)} for {args.num_bits} bits"
+    if bad.any():
+        index = bad.nonzero()[0].tolist()
+        value = codes[tuple(index)].to(torch.float32).item()
+        raise FormatError(problems=[Problem(place, f"holds the code {value:g} at index {index}, expected {allowed}")])
+
+
+def check_scales(scale: torch.Tensor, place: str) -> None:
+    """Raise :class:`FormatError` for a scale that is NaN or infinite."""
+    if not torch.isfinite(scale).all():
+        index = (~torch.isfinite(scale)).nonzero()[0].tolist()
+        value = scale[tuple(index)].item()
+        raise FormatError(problems=[Problem(place, f"holds {value} at index {index}, expected a finite scale")])
+
+
+def require_args(args: QuantizationArgs | None, name: CompressionFormat) -> QuantizationArgs:
+    """``args``, which a quantized format cannot do without."""
+    if args is None:
+        raise FormatError(f"the format {name.value} needs a weights scheme, found none")
+    return args
+
+
+def g_idx_spec(shape: tuple[int, ...], args: QuantizationArgs) -> dict[str, TensorSpec]:
+    """The spec of ``weight_g_idx``, which files have where GPTQ reordered columns across groups."""
+    if args.actorder is not ActivationOrdering.GROUP:
+        return {}
+    return {"weight_g_idx": TensorSpec((torch.int32,), (shape[-1],))}
+
+
+def decode_g_idx(g_idx: torch.Tensor | None, groups: int, place: str) -> torch.Tensor | None:
+    """A stored ``weight_g_idx``, or None where it is absent or unset (-1): columns are then in their groups' order."""
+    if g_idx is None or bool((g_idx == -1).any()):
+        return None
+    if g_idx.numel() and not (0 <= int(g_idx.min()) and int(g_idx.max()) < groups):
+        found = f"{int(g_idx.min())} to {int(g_idx.max())}"
+        raise FormatError(
+            problems=[Problem(f"{place}.weight_g_idx", f"names groups {found}, expected 0 to {groups - 1}")]
+        )
+    return g_idx
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,211 @@
+"""``pack-quantized``: integer codes of 1 to 8 bits, packed into int32 words along each row."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from enum import Enum
+
+import torch
+
+from compressed_format import bitpack
+from compressed_format.config import CompressionFormat, QuantizationArgs, QuantizationStrategy, QuantizationType
+from compressed_format.errors import FormatError, Problem, UnsupportedFormatError
+from compressed_format.formats.base import (
+    FLOAT_DTYPES,
+    Format,
+    TensorSpec,
+    check_codes,
+    check_scales,
+    check_tensors,
+    decode_g_idx,
+    g_idx_spec,
+    require_args,
+)
+from compressed_format.quantization import QuantizedWeight, scale_shape, zero_point_dtype
+
+__all__ = ["PackLayout", "PackQuantized", "pack_layout"]
+
+# The first release of compressed-tensors that wrote odd widths as one dense bit string.
+_FIRST_DENSE_VERSION = (0, 18)
+
+
+class PackLayout(str, Enum):
+    """The two bit layouts that have gone by the name ``pack-quantized``."""
+
+    DENSE = "dense"
+    WORD_ALIGNED = "word-aligned"
+
+
+def pack_layout(packed: torch.Tensor, bits: int, columns: int, *, version: str | None, place: str = "") -> PackLayout:
+    """Which layout ``weight_packed`` ``[..., words]`` of ``columns`` codes has.
+
+    ``version`` is the config's ``version``, the release that wrote the file. The number of words decides where the
+    layouts differ in it. Where they do not, the word-aligned layout is ruled out by a bit set in the part of a word
+    that it leaves empty; otherwise a release before 0.18 means word-aligned, and without a version the empty bits
+    themselves are the evidence.
+
+    Raises :class:`FormatError` if the number of words fits neither layout.
+    """
+    if 32 % bits == 0:
+        return PackLayout.DENSE
+    words, dense, aligned = (
+        packed.shape[-1],
+        bitpack.packed_words(columns, bits),
+        bitpack.word_aligned_words(columns, bits),
+    )
+    if words not in (dense, aligned):
+        message = f"has {words} words a row, expected {dense} for {columns} codes of {bits} bits"
+        if aligned != dense:
+            message += f" (or {aligned} in the word-aligned layout of releases before 0.18)"
+        raise FormatError(problems=[Problem(f"{place}.weight_packed", message)])
+    if dense != aligned:
+        return PackLayout.DENSE if words == dense else PackLayout.WORD_ALIGNED
+    written_by = _release(version)
+    if packed.is_meta or (written_by is not None and written_by >= _FIRST_DENSE_VERSION):
+        return PackLayout.DENSE
+    used_bits = (1 << (32 // bits * bits)) - 1
+    empty = not bool(((packed.to(torch.int64) & 0xFFFFFFFF) & ~used_bits).any())
+    return PackLayout.WORD_ALIGNED if empty else PackLayout.DENSE
+
+
+class PackQuantized(Format):
+    """``weight_packed``, ``weight_scale``, ``weight_shape``; ``weight_zero_point`` if asymmetric, packed along dim -2
+    for channel and group strategies; ``weight_g_idx`` if columns were reordered."""
+
+    name = CompressionFormat.PACK_QUANTIZED
+
+    def tensor_specs(self, shape: tuple[int, ...], args: QuantizationArgs | None) -> dict[str, TensorSpec]:
+        args = _require_packable(args)
+        scales = scale_shape(args, shape)
+        specs = {
+            "weight_packed": TensorSpec(
+                (torch.int32,), (*shape[:-1], bitpack.packed_words(shape[-1], args.num_bits))
+            ),
+            "weight_scale": TensorSpec(FLOAT_DTYPES, scales),
+            "weight_shape": TensorSpec((torch.int64, torch.int32), (len(shape),)),
+        }
+        if not args.symmetric and _packs_zero_points(args):
+            rows = bitpack.packed_words(scales[-2], args.num_bits)
+            specs["weight_zero_point"] = TensorSpec((torch.int32,), (*scales[:-2], rows, scales[-1]))
+        elif not args.symmetric:
+            specs["weight_zero_point"] = TensorSpec((zero_point_dtype(args),), scales)
+        return specs | g_idx_spec(shape, args)
+
+    @classmethod
+    def word_aligned_specs(cls, shape: tuple[int, ...], args: QuantizationArgs) -> dict[str, TensorSpec]:
+        """As :meth:`tensor_specs`, for the word-aligned layout that is read but no longer written."""
+        specs = cls().tensor_specs(shape, args)
+        words = bitpack.word_aligned_words(shape[-1], args.num_bits)
+        specs["weight_packed"] = TensorSpec((torch.int32,), (*shape[:-1], words))
+        if "weight_zero_point" in specs and _packs_zero_points(args):
+            rows, groups = scale_shape(args, shape)[-2:]
+            packed_rows = bitpack.word_aligned_words(rows, args.num_bits)
+            specs["weight_zero_point"] = TensorSpec((torch.int32,), (*shape[:-2], packed_rows, groups))
+        return specs
+
+    def encode(
+        self, quantized: QuantizedWeight, args: QuantizationArgs | None, *, place: str = ""
+    ) -> dict[str, torch.Tensor]:
+        args = _require_packable(args)
+        codes, scale, zero_point = quantized.codes, quantized.scale, quantized.zero_point
+        check_codes(codes, args, f"{place}.weight")
+        if scale is None:
+            raise FormatError(problems=[Problem(f"{place}.weight_scale", "is missing")])
+        tensors = {
+            "weight_packed": bitpack.pack_codes(codes, args.num_bits),
+            "weight_scale": scale,
+            "weight_shape": torch.tensor(codes.shape, dtype=torch.int64, device=codes.device),
+        }
+        if zero_point is not None:
+            check_codes(zero_point, args, f"{place}.weight_zero_point")
+            tensors["weight_zero_point"] = (
+                _along_rows(bitpack.pack_codes, zero_point, args.num_bits) if _packs_zero_points(args) else zero_point
+            )
+        if quantized.g_idx is not None:
+            tensors["weight_g_idx"] = quantized.g_idx
+        check_tensors(tensors, self.tensor_specs(tuple(codes.shape), args), place, optional=("weight_g_idx",))
+        check_scales(scale, f"{place}.weight_scale")
+        return tensors
+
+    def decode(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        args: QuantizationArgs | None,
+        *,
+        place: str = "",
+        version: str | None = None,
+    ) -> QuantizedWeight:
+        """As :meth:`Format.decode`; ``version`` is the release that wrote the file, for 3, 5, 6 and 7 bits."""
+        args = _require_packable(args)
+        shape = stored_shape(tensors, place)
+        specs = self.tensor_specs(shape, args)
+        bits, columns = args.num_bits, shape[-1]
+        unpack = bitpack.unpack_codes
+        packed = tensors.get("weight_packed")
+        if packed is not None and packed.dtype == torch.int32 and packed.ndim == len(shape):
+            if pack_layout(packed, bits, columns, version=version, place=place) is PackLayout.WORD_ALIGNED:
+                unpack = bitpack.unpack_word_aligned_codes
+                specs = self.word_aligned_specs(shape, args)
+        check_tensors(tensors, specs, place, optional=("weight_g_idx",))
+        codes = unpack(tensors["weight_packed"], bits, columns)
+        scale = tensors["weight_scale"]
+        check_scales(scale, f"{place}.weight_scale")
+        zero_point = None if args.symmetric else tensors["weight_zero_point"]
+        if zero_point is not None and _packs_zero_points(args):
+            zero_point = _along_rows(unpack, zero_point, bits, scale.shape[-2])
+        elif zero_point is not None:
+            check_codes(zero_point, args, f"{place}.weight_zero_point")
+        g_idx = decode_g_idx(tensors.get("weight_g_idx"), scale.shape[-1], place)
+        return QuantizedWeight(codes, scale, zero_point, g_idx=g_idx)
+
+
+def stored_shape(tensors: Mapping[str, torch.Tensor], place: str) -> tuple[int, ...]:
+    """The dense shape that ``weight_shape`` holds, once it is known to describe ``weight_packed``.
+
+    Raises :class:`FormatError` if it is missing, has another rank, or names sizes that the packed tensor cannot have;
+    nothing is allocated from its values before that.
+    """
+    name = f"{place}.weight_shape"
+    if "weight_shape" not in tensors or "weight_packed" not in tensors:
+        missing = "weight_shape" if "weight_shape" not in tensors else "weight_packed"
+        found = ", ".join(sorted(tensors)) or "no tensors"
+        raise FormatError(problems=[Problem(f"{place}.{missing}", f"is missing; found {found}")])
+    stored, packed = tensors["weight_shape"], tensors["weight_packed"]
+    if stored.ndim != 1 or stored.dtype not in (torch.int64, torch.int32) or stored.numel() != packed.ndim:
+        raise FormatError(
+            problems=[Problem(name, f"must be {packed.ndim} int64 values, found {stored.dtype} {list(stored.shape)}")]
+        )
+    shape = tuple(int(size) for size in stored.tolist())
+    words = packed.shape[-1] if packed.ndim else 0
+    # A word holds at most 32 codes, so the last size is bounded by the bytes that are really there.
+    if shape[:-1] != tuple(packed.shape[:-1]) or not (words <= shape[-1] <= 32 * words):
+        if not (words == 0 and shape[-1] == 0):
+            message = f"says {list(shape)}, which weight_packed of shape {list(packed.shape)} cannot hold"
+            raise FormatError(problems=[Problem(name, message)])
+    return shape
+
+
+def _require_packable(args: QuantizationArgs | None) -> QuantizationArgs:
+    args = require_args(args, CompressionFormat.PACK_QUANTIZED)
+    if args.type is not QuantizationType.INT or not 1 <= args.num_bits <= 8:
+        message = f"pack-quantized holds integers of 1 to 8 bits, not {args.type.value} of {args.num_bits} bits"
+        raise UnsupportedFormatError(message)
+    return args
+
+
+def _packs_zero_points(args: QuantizationArgs) -> bool:
+    """Whether zero points are packed along the rows; the other strategies store them as they are."""
+    return args.strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)
+
+
+def _along_rows(pack, values: torch.Tensor, *args: int) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    """Pack or unpack along dim -2 instead of the last one."""
+    packed: torch.Tensor = pack(values.transpose(-1, -2).contiguous(), *args)
+    return packed.transpose(-1, -2).contiguous()
+
+
+def _release(version: str | None) -> tuple[int, int] | None:
+    """Major and minor of a version string, or None if it is not one."""
+    match = re.match(r"(\d{1,6})\.(\d{1,6})", version or "")
+    return (int(match[1]), int(match[2])) if match else None

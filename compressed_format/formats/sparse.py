@@ -1,0 +1,203 @@
+"""``sparse-24-bitmask`` and ``sparse-bitmask``: the non-zero values of a weight, and a bit for each place.
+
+A sparsity format lies on top of another format: it replaces that format's tensor ``weight`` (dense values, or int8 or
+float8_e4m3fn codes) and leaves scales alone. Its tensors lose the ``weight``: ``<module>.compressed`` and so on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from compressed_format.config import CompressionFormat
+from compressed_format.errors import FormatError, Problem
+from compressed_format.formats.base import FLOAT_DTYPES, TensorSpec, check_tensors
+
+__all__ = ["SparseBitmask", "Sparse24Bitmask", "expand_bitmask", "first_dense_quad", "pack_bitmask", "prune_2_of_4"]
+
+_VALUE_DTYPES = (*FLOAT_DTYPES, torch.int8, torch.float8_e4m3fn)
+
+
+class SparseBitmask:
+    """``shape`` int64 ``[2]``, ``compressed`` ``[non-zeros]`` row-major, ``bitmask`` uint8 ``[O, ceil(I/8)]``,
+    ``row_offsets`` int64 ``[O]``: where each row starts in ``compressed``."""
+
+    name = CompressionFormat.SPARSE_BITMASK
+
+    def tensor_specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
+        """The tensors of a weight of ``shape`` ``[O, I]``; how many values are not zero depends on the data."""
+        rows, columns = shape
+        return {
+            "shape": TensorSpec((torch.int64,), (2,)),
+            "compressed": TensorSpec(_VALUE_DTYPES, (None,)),
+            "bitmask": TensorSpec((torch.uint8,), (rows, -(-columns // 8))),
+            "row_offsets": TensorSpec((torch.int64,), (rows,)),
+        }
+
+    def encode(self, weight: torch.Tensor, *, place: str = "") -> dict[str, torch.Tensor]:
+        """The tensors that hold the values or codes ``weight`` ``[O, I]``."""
+        _check_matrix(weight, place)
+        mask = _nonzero(weight)
+        counts = mask.sum(dim=-1)
+        return {
+            "shape": torch.tensor(weight.shape, dtype=torch.int64),
+            "compressed": _select(weight, mask),
+            "bitmask": pack_bitmask(mask),
+            "row_offsets": counts.cumsum(0) - counts,
+        }
+
+    def decode(self, tensors: Mapping[str, torch.Tensor], *, place: str = "") -> torch.Tensor:
+        """The values or codes ``[O, I]``. Raises :class:`FormatError` if the tensors contradict each other."""
+        shape = _stored_shape(tensors, place, (2,))
+        check_tensors(tensors, self.tensor_specs(shape), place)
+        mask = _checked_mask(tensors, shape, place)
+        counts = mask.sum(dim=-1)
+        if not torch.equal(tensors["row_offsets"], counts.cumsum(0) - counts):
+            raise FormatError(problems=[Problem(f"{place}.row_offsets", "contradicts the bitmask")])
+        return expand_bitmask(tensors["compressed"], tensors["bitmask"], shape[1])
+
+
+class Sparse24Bitmask:
+    """``shape`` int64 ``[2, 1]``, ``compressed`` ``[O, I/2]``, ``bitmask`` uint8 ``[O, ceil(I/8)]`` with exactly two
+    bits in each group of four columns."""
+
+    name = CompressionFormat.SPARSE_24_BITMASK
+
+    def tensor_specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
+        """The tensors of a weight of ``shape`` ``[O, I]``."""
+        rows, columns = shape
+        return {
+            "shape": TensorSpec((torch.int64,), (2, 1)),
+            "compressed": TensorSpec(_VALUE_DTYPES, (rows, columns // 2)),
+            "bitmask": TensorSpec((torch.uint8,), (rows, -(-columns // 8))),
+        }
+
+    def encode(self, weight: torch.Tensor, *, place: str = "") -> dict[str, torch.Tensor]:
+        """The tensors that hold the values or codes ``weight`` ``[O, I]``, which must be 2:4.
+
+        Raises :class:`FormatError` that names the first row and column where a third value is not zero.
+        """
+        _check_matrix(weight, place)
+        _check_quads(weight, place)
+        offender = first_dense_quad(weight)
+        if offender is not None:
+            row, column = offender
+            message = (
+                f"is not 2:4: more than two of the four values from row {row}, column {column} on are not zero; "
+                "prune it first"
+            )
+            raise FormatError(problems=[Problem(place, message)])
+        mask = _two_of_four(_magnitude(weight))
+        return {
+            "shape": torch.tensor(weight.shape, dtype=torch.int64).unsqueeze(-1),
+            "compressed": _select(weight, mask).reshape(weight.shape[0], -1),
+            "bitmask": pack_bitmask(mask),
+        }
+
+    def decode(self, tensors: Mapping[str, torch.Tensor], *, place: str = "") -> torch.Tensor:
+        """The values or codes ``[O, I]``. Raises :class:`FormatError` if the bitmask is not 2:4."""
+        shape = _stored_shape(tensors, place, (2, 1))
+        check_tensors(tensors, self.tensor_specs(shape), place)
+        mask = _checked_mask(tensors, shape, place)
+        if shape[1] % 4 == 0:
+            wrong = mask.unflatten(-1, (-1, 4)).sum(dim=-1) != 2
+            if wrong.any():
+                row, quad = wrong.nonzero()[0].tolist()
+                message = f"does not have two bits for row {row}, columns {quad * 4} to {quad * 4 + 3}"
+                raise FormatError(problems=[Problem(f"{place}.bitmask", message)])
+        return expand_bitmask(tensors["compressed"], tensors["bitmask"], shape[1])
+
+
+def prune_2_of_4(weight: torch.Tensor, *, place: str = "weight") -> torch.Tensor:
+    """``weight`` ``[O, I]`` with the two smaller magnitudes of each four columns set to zero; ties keep the left."""
+    _check_quads(weight, place)
+    return torch.where(_two_of_four(weight.abs()), weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+
+
+def first_dense_quad(weight: torch.Tensor) -> tuple[int, int] | None:
+    """Row and first column of the first group of four columns with more than two non-zero values, or None."""
+    dense = _nonzero(weight).unflatten(-1, (-1, 4)).sum(dim=-1) > 2
+    if not dense.any():
+        return None
+    row, quad = dense.nonzero()[0].tolist()
+    return row, quad * 4
+
+
+def pack_bitmask(mask: torch.Tensor) -> torch.Tensor:
+    """Bool ``[..., n]`` to uint8 ``[..., ceil(n/8)]``: bit ``j`` of byte ``k`` is place ``8k + j``."""
+    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    weights = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=mask.device)
+    return (padded * weights).sum(dim=-1).to(torch.uint8)
+
+
+def expand_bitmask(compressed: torch.Tensor, bitmask: torch.Tensor, columns: int) -> torch.Tensor:
+    """Put the values of ``compressed``, in row-major order, at the set bits of ``bitmask``; zero elsewhere."""
+    mask = _unpack_bitmask(bitmask, columns)
+    expanded = torch.zeros(mask.shape, dtype=compressed.dtype, device=compressed.device)
+    # float8 has no masked_scatter on CPU, and its bytes are all that matters here.
+    _bytes(expanded).masked_scatter_(mask, _bytes(compressed).reshape(-1))
+    return expanded
+
+
+def _unpack_bitmask(bitmask: torch.Tensor, columns: int) -> torch.Tensor:
+    bits = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
+    return (bitmask.unsqueeze(-1) >> bits & 1).flatten(-2)[..., :columns].to(torch.bool)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+
+
+def _nonzero(weight: torch.Tensor) -> torch.Tensor:
+    return _magnitude(weight) != 0
+
+
+def _magnitude(weight: torch.Tensor) -> torch.Tensor:
+    """Magnitudes in a dtype that can be compared: those of int8 need 16 bits for -128, float8 compares as float32."""
+    if weight.dtype == torch.int8:
+        return weight.to(torch.int16).abs()
+    return (weight.to(torch.float32) if weight.dtype == torch.float8_e4m3fn else weight).abs()
+
+
+def _two_of_four(magnitude: torch.Tensor) -> torch.Tensor:
+    """The two largest of each four columns, as a mask; ties go to the left."""
+    quads = magnitude.unflatten(-1, (-1, 4))
+    order = quads.argsort(dim=-1, descending=True, stable=True)
+    mask = torch.zeros(quads.shape, dtype=torch.bool, device=magnitude.device)
+    return mask.scatter_(-1, order[..., :2], True).flatten(-2)
+
+
+def _select(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return _bytes(weight)[mask].view(weight.dtype)
+
+
+def _check_matrix(weight: torch.Tensor, place: str) -> None:
+    if weight.ndim != 2:
+        message = f"has shape {list(weight.shape)}; sparse formats hold matrices only"
+        raise FormatError(problems=[Problem(place, message)])
+
+
+def _check_quads(weight: torch.Tensor, place: str) -> None:
+    if weight.shape[-1] % 4:
+        message = f"has {weight.shape[-1]} columns, which is no multiple of 4 and cannot be 2:4"
+        raise FormatError(problems=[Problem(place, message)])
+
+
+def _stored_shape(tensors: Mapping[str, torch.Tensor], place: str, expected: tuple[int, ...]) -> tuple[int, int]:
+    shape = tensors.get("shape")
+    if shape is None or shape.dtype != torch.int64 or tuple(shape.shape) != expected:
+        found = "is missing" if shape is None else f"has dtype {shape.dtype} and shape {list(shape.shape)}"
+        raise FormatError(problems=[Problem(f"{place}.shape", f"{found}, expected int64 {list(expected)}")])
+    rows, columns = (int(size) for size in shape.flatten().tolist())
+    return rows, columns
+
+
+def _checked_mask(tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], place: str) -> torch.Tensor:
+    mask = _unpack_bitmask(tensors["bitmask"], shape[1])
+    values, bits = tensors["compressed"].numel(), int(mask.sum())
+    if values != bits:
+        raise FormatError(
+            problems=[Problem(f"{place}.bitmask", f"has {bits} bits set for the {values} values of compressed")]
+        )
+    return mask

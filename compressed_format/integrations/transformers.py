@@ -1,0 +1,192 @@
+"""transformers: its own ``from_pretrained`` with this library's quantizer, and its names for checkpoint tensors.
+
+Checkpoints keep saying ``quant_method: "compressed-tensors"``. For one call, the config is handed over under a name of
+our own, so that no global table of transformers changes its meaning.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from compressed_format.checkpoint import read_checkpoint
+from compressed_format.compression import attach_config
+from compressed_format.config import QuantizationConfig
+from compressed_format.errors import CheckpointError, Problem
+from compressed_format.linear import compressed_modules
+from compressed_format.skeleton import Skeleton, StoredTensor
+
+__all__ = ["checkpoint_names", "load_pretrained"]
+
+_METHOD = "compressed_format"
+
+
+@register_quantization_config(_METHOD)
+class CompressedFormatConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """A checkpoint's ``quantization_config``, as transformers carries it; writes itself as compressed-tensors."""
+
+    def __init__(self, **content: Any) -> None:
+        self.quant_method = _METHOD
+        self._content = {**content, "quant_method": "compressed-tensors"}
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self._content)
+
+
+@register_quantizer(_METHOD)
+class CompressedFormatQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Swaps compressed modules into the skeleton, before transformers loads tensors into it by name."""
+
+    requires_calibration = True
+    quantization_config: CompressedFormatConfig
+
+    def __init__(self, quantization_config: CompressedFormatConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.config, _ = QuantizationConfig.from_checkpoint(quantization_config.to_dict())
+        self.skeleton: Skeleton | None = None
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        stored: dict[str, StoredTensor] = {}
+        for file in checkpoint_files or []:
+            checkpoint = read_checkpoint(file)
+            stored.update({name: checkpoint.spec(name) for name in checkpoint})
+        self.skeleton = Skeleton(model, self.config, _by_model_name(model, stored))
+        for module in compressed_modules(model).values():
+            module._is_hf_initialized = True
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        for parameter in (p for m in compressed_modules(model).values() for n, p in m.named_parameters() if n != "bias"):
+            parameter.requires_grad_(False)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        names = getattr(converter, "target_patterns", None) or []
+        packed = self.skeleton is not None and any(name in self.skeleton.packed for name in names)
+        new: torch.dtype | None = None if packed else super().get_new_dtype(converter, param, dtype)
+        return new
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def is_serializable(self) -> bool:
+        return True
+
+
+def load_pretrained(
+    path: Path, config: QuantizationConfig, *, dtype: torch.dtype | None, **from_pretrained: Any
+) -> nn.Module:
+    """Load a Hugging Face folder. ``from_pretrained`` goes to transformers; see :func:`load_compressed` for the rest."""
+    trust = {key: from_pretrained[key] for key in ("trust_remote_code",) if key in from_pretrained}
+    try:
+        model_config = transformers.AutoConfig.from_pretrained(path, **trust)
+    except (ValueError, OSError) as error:
+        message = f"{path}: transformers cannot tell which model this is ({error}); pass model="
+        raise CheckpointError(message) from error
+    model_config.quantization_config = {**config.to_dict(), "quant_method": _METHOD}
+    model_class = _model_class(model_config, from_pretrained)
+    wants_info = from_pretrained.pop("output_loading_info", False)
+    with _quiet_report():
+        model, info = model_class.from_pretrained(
+            path,
+            config=model_config,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            # A misshapen tensor is then reported like every other problem, instead of ending the search for them.
+            ignore_mismatched_sizes=True,
+            **from_pretrained,
+        )
+    quantizer = model.hf_quantizer
+    skeleton = quantizer.skeleton
+    problems = [*skeleton.problems]
+    for key in sorted(set(info["missing_keys"]) - skeleton.explained):
+        problems.append(Problem(key, "is missing from the checkpoint"))
+    for key in sorted(set(info["unexpected_keys"]) - skeleton.explained):
+        problems.append(Problem(key, "is in the checkpoint, but the model has no such tensor"))
+    for key, found, expected in info["mismatched_keys"]:
+        if key not in skeleton.explained:
+            message = f"has shape {list(found)} in the checkpoint, and {list(expected)} in the model"
+            problems.append(Problem(key, message))
+    problems += [Problem("", message) for message in info.get("error_msgs") or ()]
+    if problems:
+        raise CheckpointError(f"{path} does not fit the model {model_class.__name__}:", problems)
+    skeleton.finish(dtype)
+    attach_config(model, skeleton.config)
+    return (model, info) if wants_info else model
+
+
+def checkpoint_names(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """The checkpoint's name of each entry of a transformers model's state dict.
+
+    Follows the conversions with which the model was loaded backwards. Raises :class:`CheckpointError` where one of
+    them rearranges the values of a tensor instead of renaming it: a packed tensor cannot follow that.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    # Empty tensors stand in: only names matter, and each keeps its identity through a renaming.
+    stand_ins = {name: torch.empty(0) for name in state}
+    reverted = revert_weight_conversion(model, dict(stand_ins))
+    by_identity = {id(tensor): name for name, tensor in reverted.items()}
+    names = {name: by_identity.get(id(tensor)) for name, tensor in stand_ins.items()}
+    lost = [name for name, renamed in names.items() if renamed is None]
+    if lost:
+        message = "is rearranged by transformers when it is saved, which is not served yet"
+        raise CheckpointError("the model cannot be saved:", [Problem(name, message) for name in lost])
+    return {name: renamed for name, renamed in names.items() if renamed is not None}
+
+
+def _by_model_name(model: nn.Module, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """``stored`` under the names that transformers will give its entries as it loads them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    prefix = model.base_model_prefix
+    # The prefix of the base model is judged by the tensors that exist before modules are swapped.
+    state = dict(model.state_dict())
+    for name in stored:
+        module, _, suffix = name.rpartition(".")
+        for prefixed in (module, f"{prefix}.{module}", module.removeprefix(f"{prefix}.")):
+            if f"{prefixed}.weight" in state:
+                state.setdefault(f"{prefixed}.{suffix}", state[f"{prefixed}.weight"])
+    return {rename_source_key(name, renamings, [], prefix, state)[0]: tensor for name, tensor in stored.items()}
+
+
+def _model_class(config: Any, from_pretrained: Mapping[str, Any]) -> Any:
+    """The class named in ``architectures``, if transformers has it as a model; else the causal language model."""
+    names = getattr(config, "architectures", None) or []
+    if len(names) == 1 and not from_pretrained.get("trust_remote_code"):
+        found = getattr(transformers, str(names[0]), None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    return transformers.AutoModelForCausalLM
+
+
+class _quiet_report:
+    """Mutes transformers' own table of keys that do not match; :class:`CheckpointError` tells it, or nothing is wrong."""
+
+    def __enter__(self) -> None:
+        self._logger = logging.getLogger("transformers.modeling_utils")
+        self._level = self._logger.level
+        self._logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._logger.setLevel(self._level)

@@ -1,0 +1,251 @@
+"""Modules that run straight from the tensors of a checkpoint: :class:`CompressedLinear`, :class:`CompressedEmbedding`.
+
+The tensors of the file are the module's parameters, under the file's names, so ``state_dict()`` is the checkpoint.
+They are not trainable. ``module.weight`` dequantizes on every access; ``forward`` never does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from compressed_format import ops
+from compressed_format.activations import activation_group_size
+from compressed_format.config import CompressionFormat, QuantizationArgs, QuantizationScheme, QuantizationType
+from compressed_format.formats import SPARSITY_FORMATS, format_named
+from compressed_format.quantization import QuantizedWeight, block_shape
+
+__all__ = ["CompressedEmbedding", "CompressedLinear", "CompressedModule", "compressed_modules"]
+
+
+class _ActivationArguments(NamedTuple):
+    """The integers with which ``fake_quantize`` is called for an input or an output."""
+
+    bits: int
+    is_float: bool
+    symmetric: bool
+    group_size: int
+
+
+class CompressedModule(nn.Module):
+    """What compressed modules have in common: the tensors of a weight ``[O, I]`` and what they mean.
+
+    ``tensors`` maps the checkpoint's suffixes to tensors, on any device, ``meta`` included. ``scheme`` is None for a
+    module that is only sparse. ``dtype`` is that of ``weight``, of embeddings looked up, and of ``bias``; codes and
+    scales keep the dtypes in which they are stored.
+    """
+
+    scheme: QuantizationScheme | None
+    format: CompressionFormat
+    sparsity: CompressionFormat | None
+    dtype: torch.dtype
+
+    def _set_up(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        shape: tuple[int, int],
+        scheme: QuantizationScheme | None,
+        format: CompressionFormat,
+        sparsity: CompressionFormat | None,
+        dtype: torch.dtype,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.scheme, self.format, self.sparsity, self.dtype = scheme, format, sparsity, dtype
+        weights = None if scheme is None else scheme.weights
+        rows, columns = (1, shape[1]) if weights is None else block_shape(weights, shape)
+        self._layout = (8 if weights is None else weights.num_bits, shape[1], max(rows, 1), max(columns, 1))
+        self._weight_shape = shape
+        self._weight_name = next(name for name in ("weight_packed", "compressed", "weight") if name in tensors)
+        self._input = _activation_arguments(None if scheme is None else scheme.input_activations)
+        self._output = _activation_arguments(None if scheme is None else scheme.output_activations)
+        for name, tensor in tensors.items():
+            self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dequantized weight ``[O, I]`` in :attr:`dtype`, made anew on every access."""
+        dense = ops.dequantize(*self._weight_tensors(), *self._layout)
+        return dense.to(self.dtype)
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """The weight as codes, scales and zero points, checked as strictly as when a file is decoded."""
+        place = type(self).__name__
+        tensors = {name: value.data for name, value in self._parameters.items() if value is not None and name != "bias"}
+        if self.sparsity is not None:
+            tensors["weight"] = SPARSITY_FORMATS[self.sparsity].decode(tensors, place=place)
+        args = None if self.scheme is None else self.scheme.weights
+        return format_named(self.format).decode(tensors, args, place=place)
+
+    def replace_weight(self, tensors: Mapping[str, torch.Tensor], format: CompressionFormat) -> None:
+        """Hold the same weight as other tensors, of another format; bias and activation scales stay."""
+        kept = {
+            name: value
+            for name, value in self._parameters.items()
+            if name == "bias" or name.startswith(("input_", "output_"))
+        }
+        self._parameters.clear()
+        for name, tensor in tensors.items():
+            self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+        self._parameters.update(kept)
+        self.format = format
+
+    def _weight_tensors(self) -> tuple[torch.Tensor | None, ...]:
+        get = self._parameters.get
+        return (
+            self._parameters[self._weight_name],
+            get("weight_scale"),
+            get("weight_zero_point"),
+            get("weight_g_idx"),
+            get("bitmask"),
+        )
+
+    def _quantize_input(self, input: torch.Tensor) -> torch.Tensor:
+        if self._input is None:
+            return input
+        get = self._parameters.get
+        return ops.fake_quantize(input, get("input_scale"), get("input_zero_point"), *self._input)
+
+    def _quantize_output(self, output: torch.Tensor) -> torch.Tensor:
+        if self._output is None:
+            return output
+        get = self._parameters.get
+        return ops.fake_quantize(output, get("output_scale"), get("output_zero_point"), *self._output)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> CompressedModule:
+        """Move every tensor, but let a change of dtype reach the bias and :attr:`dtype` only."""
+        bias = self._parameters.get("bias")
+
+        def keeping_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            if moved.dtype == tensor.dtype or (bias is not None and tensor is bias):
+                return moved
+            return tensor.to(moved.device)
+
+        super()._apply(keeping_dtype, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=next(iter(self.parameters())).device)).dtype
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # nn.Module registers a parameter only if no attribute of its name exists, and would find the property
+        # `weight` (and dequantize it to do so).
+        parameters = self.__dict__.get("_parameters")
+        if parameters is not None and name in parameters and (value is None or isinstance(value, nn.Parameter)):
+            if value is not None and name != "bias":
+                value.requires_grad_(False)
+            parameters[name] = value
+            return
+        if name == "weight":
+            raise AttributeError(
+                f"{type(self).__name__}.weight is computed from the packed tensors and cannot be set; "
+                "decompress() the model to train or edit its weights"
+            )
+        super().__setattr__(name, value)
+
+    def _describe(self) -> str:
+        parts = [] if self.scheme is None else [describe_scheme(self.scheme)]
+        parts += [self.format.value] if self.sparsity is None else [self.format.value, self.sparsity.value]
+        size = sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
+        return ", ".join(part for part in (*parts, f"{size:,} bytes") if part)
+
+
+class CompressedLinear(CompressedModule, nn.Linear):
+    """``y = x @ weight.T + bias`` from packed tensors: :func:`~compressed_format.compress` makes it of a Linear.
+
+    Where the scheme says so, activations are rounded on the way in and out. The bias is trainable.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        shape: tuple[int, int],
+        scheme: QuantizationScheme | None,
+        format: CompressionFormat,
+        *,
+        sparsity: CompressionFormat | None = None,
+        bias: torch.Tensor | None = None,
+        dtype: torch.dtype,
+    ) -> None:
+        self._set_up(tensors, shape, scheme, format, sparsity, dtype)
+        self.out_features, self.in_features = shape
+        if bias is None or isinstance(bias, nn.Parameter):
+            self._parameters["bias"] = bias
+        else:
+            self._parameters["bias"] = nn.Parameter(bias, requires_grad=bias.is_floating_point())
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """``input`` ``[..., in_features]`` in any float dtype, to ``[..., out_features]`` in the same dtype."""
+        input = self._quantize_input(input)
+        output = ops.linear(input, *self._weight_tensors(), self._parameters["bias"], *self._layout)
+        return self._quantize_output(output)
+
+    def extra_repr(self) -> str:
+        has_bias = self._parameters["bias"] is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={has_bias}, {self._describe()}"
+
+
+class CompressedEmbedding(CompressedModule, nn.Embedding):
+    """Rows of a packed table, dequantized as they are looked up."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        shape: tuple[int, int],
+        scheme: QuantizationScheme | None,
+        format: CompressionFormat,
+        *,
+        sparsity: CompressionFormat | None = None,
+        padding_idx: int | None = None,
+        dtype: torch.dtype,
+    ) -> None:
+        self._set_up(tensors, shape, scheme, format, sparsity, dtype)
+        self.num_embeddings, self.embedding_dim = shape
+        self.padding_idx = padding_idx
+        # What nn.Embedding's own methods read; a packed table is neither renormalised nor given gradients.
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Indices of any shape to ``[*input.shape, embedding_dim]`` in :attr:`dtype`."""
+        rows = ops.embedding(input, *self._weight_tensors(), *self._layout)
+        return self._quantize_output(rows.to(self.dtype))
+
+    def extra_repr(self) -> str:
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return f"{self.num_embeddings}, {self.embedding_dim}{padding}, {self._describe()}"
+
+
+def compressed_modules(model: nn.Module) -> dict[str, CompressedModule]:
+    """The compressed modules of ``model`` by name, in module order; one that is shared goes by its first name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, CompressedModule)}
+
+
+def describe_scheme(scheme: QuantizationScheme) -> str:
+    """A scheme in a few words: ``int4 group 128 symmetric, input float8 token dynamic``."""
+    parts = []
+    for label, args in (
+        ("", scheme.weights),
+        ("input ", scheme.input_activations),
+        ("output ", scheme.output_activations),
+    ):
+        if args is not None:
+            parts.append(label + _describe_args(args))
+    return ", ".join(parts)
+
+
+def _describe_args(args: QuantizationArgs) -> str:
+    size = ""
+    if args.block_structure is not None:
+        size = f" {args.block_structure[0]}x{args.block_structure[1]}"
+    elif args.group_size is not None and args.group_size > 0:
+        size = f" {args.group_size}"
+    kind = "dynamic" if args.dynamic else ("symmetric" if args.symmetric else "asymmetric")
+    return f"{args.type.value}{args.num_bits} {args.strategy.value}{size} {kind}"
+
+
+def _activation_arguments(args: QuantizationArgs | None) -> _ActivationArguments | None:
+    if args is None:
+        return None
+    is_float = args.type is QuantizationType.FLOAT
+    return _ActivationArguments(args.num_bits, is_float, args.symmetric, activation_group_size(args))

@@ -1,0 +1,267 @@
+"""The ops on compressed weights and on activations: schema, checks, fake and autograd formula of each.
+
+Every ``<op>`` has a twin ``<op>_reference`` that always runs the definition in :mod:`.reference`. Until a native
+library registers a kernel for a device, ``<op>`` is that definition too. Packed tensors, scales and zero points have
+no gradient; activations and bias have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+
+from compressed_format import bitpack
+from compressed_format.errors import OpArgumentError
+from compressed_format.ops import reference
+
+__all__ = ["dequantize", "embedding", "fake_quantize", "linear"]
+
+_WEIGHT = "Tensor weight, Tensor? scale, Tensor? zero_point, Tensor? g_idx, Tensor? bitmask"
+_LAYOUT = "int bits, int columns, int block_rows, int block_columns"
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_library = torch.library.Library("compressed_format", "FRAGMENT")
+
+
+def _define(
+    name: str,
+    arguments: str,
+    definition: Callable[..., torch.Tensor],
+    check: Callable[..., None],
+    fake: Callable[..., torch.Tensor],
+) -> Callable[..., torch.Tensor]:
+    def checked(*args: Any) -> torch.Tensor:
+        check(*args)
+        return definition(*args)
+
+    def checked_fake(*args: Any) -> torch.Tensor:
+        check(*args)
+        return fake(*args)
+
+    for op in (name, f"{name}_reference"):
+        _library.define(f"{op}({arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(op, checked, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"compressed_format::{op}", checked_fake, lib=_library)
+    return cast(Callable[..., torch.Tensor], getattr(torch.ops.compressed_format, name).default)
+
+
+def _check_weight(
+    op: str,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    g_idx: torch.Tensor | None,
+    bitmask: torch.Tensor | None,
+    bits: int,
+    columns: int,
+    block_rows: int,
+    block_columns: int,
+) -> None:
+    def fail(argument: str, message: str) -> None:
+        raise OpArgumentError(f"{op}: {argument} {message}")
+
+    packed = weight.dtype == torch.int32
+    if not packed and weight.dtype not in (*_FLOATS, torch.int8, torch.float8_e4m3fn):
+        fail("weight", f"must be int32 words, int8 or float8_e4m3fn codes, or a float dtype, not {weight.dtype}")
+    if not 1 <= bits <= 8:
+        fail("bits", f"must lie in 1 to 8, not {bits}")
+    if block_rows < 1 or block_columns < 1:
+        fail("block_rows and block_columns", f"must be positive, not {block_rows} and {block_columns}")
+    if scale is None and (packed or weight.dtype in (torch.int8, torch.float8_e4m3fn)):
+        fail("scale", "is missing; only a weight of plain values goes without")
+    if bitmask is not None:
+        if bitmask.dtype != torch.uint8 or bitmask.ndim != 2 or bitmask.shape[1] != -(-columns // 8):
+            fail("bitmask", f"must be uint8 [rows, {-(-columns // 8)}], not {bitmask.dtype} {list(bitmask.shape)}")
+        rows = bitmask.shape[:1]
+    else:
+        stored = bitpack.packed_words(columns, bits) if packed else columns
+        if weight.ndim < 2 or weight.shape[-1] != stored:
+            fail("weight", f"must have {stored} elements a row for {columns} columns, not shape {list(weight.shape)}")
+        rows = weight.shape[:-1]
+    if scale is None:
+        return
+    if scale.dtype not in _FLOATS:
+        fail("scale", f"must have a float dtype, not {scale.dtype}")
+    expected = (*rows[:-1], -(-rows[-1] // block_rows), -(-columns // block_columns))
+    if tuple(scale.shape) not in (expected, (1,)):
+        fail("scale", f"must have shape {list(expected)}, or [1] for the whole weight, not {list(scale.shape)}")
+    if zero_point is not None:
+        if zero_point.dtype == torch.int32:
+            expected = (*expected[:-2], bitpack.packed_words(expected[-2], bits), expected[-1])
+        elif scale.shape == (1,):
+            expected = (1,)
+        if tuple(zero_point.shape) != expected:
+            fail("zero_point", f"must have shape {list(expected)}, not {list(zero_point.shape)}")
+    if g_idx is not None and (g_idx.dtype != torch.int32 or tuple(g_idx.shape) != (columns,)):
+        fail("g_idx", f"must be int32 [{columns}], not {g_idx.dtype} {list(g_idx.shape)}")
+
+
+def _rows(weight: torch.Tensor, bitmask: torch.Tensor | None) -> torch.Size:
+    return weight.shape[:-1] if bitmask is None else bitmask.shape[:1]
+
+
+# dequantize ----------------------------------------------------------------------------------------------------------
+
+
+def _check_dequantize(*weight: Any) -> None:
+    _check_weight("dequantize", *weight)
+
+
+def _fake_dequantize(weight: torch.Tensor, scale: Any, zero_point: Any, g_idx: Any, bitmask: Any, *layout: int) -> Any:
+    dtype = weight.dtype if scale is None else scale.dtype
+    return weight.new_empty((*_rows(weight, bitmask), layout[1]), dtype=dtype)
+
+
+dequantize = _define(
+    "dequantize", f"{_WEIGHT}, {_LAYOUT}", reference.dequantize, _check_dequantize, _fake_dequantize
+)
+
+
+# linear --------------------------------------------------------------------------------------------------------------
+
+
+def _check_linear(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    scale: Any,
+    zero_point: Any,
+    g_idx: Any,
+    bitmask: Any,
+    bias: torch.Tensor | None,
+    *layout: int,
+) -> None:
+    _check_weight("linear", weight, scale, zero_point, g_idx, bitmask, *layout)
+    rows = _rows(weight, bitmask)
+    if len(rows) != 1:
+        raise OpArgumentError(f"linear: weight must be a matrix, not {len(rows) + 1}-dimensional")
+    if input.dtype not in _FLOATS:
+        raise OpArgumentError(f"linear: input must have a float dtype, not {input.dtype}")
+    if input.ndim < 1 or input.shape[-1] != layout[1]:
+        raise OpArgumentError(f"linear: input must have {layout[1]} columns, not shape {list(input.shape)}")
+    if bias is not None and (tuple(bias.shape) != tuple(rows) or bias.dtype not in _FLOATS):
+        raise OpArgumentError(f"linear: bias must be [{rows[0]}] floats, not {bias.dtype} {list(bias.shape)}")
+
+
+def _fake_linear(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    scale: Any,
+    zero_point: Any,
+    g_idx: Any,
+    bitmask: Any,
+    bias: Any,
+    *layout: int,
+) -> torch.Tensor:
+    return input.new_empty((*input.shape[:-1], _rows(weight, bitmask)[0]))
+
+
+linear = _define(
+    "linear",
+    f"Tensor input, {_WEIGHT}, Tensor? bias, {_LAYOUT}",
+    reference.linear,
+    _check_linear,
+    _fake_linear,
+)
+
+
+def _save_for_linear(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, weight, scale, zero_point, g_idx, bitmask, bias, *layout = inputs
+    ctx.save_for_backward(weight, scale, zero_point, g_idx, bitmask)
+    ctx.layout = layout
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward_of_linear(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    to_input = to_bias = None
+    if ctx.needs_input_grad[0]:
+        dense = dequantize(*ctx.saved_tensors, *ctx.layout)
+        to_input = gradient @ dense.to(gradient.dtype)
+    if ctx.needs_input_grad[6]:
+        to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(dim=0).to(ctx.bias_dtype)
+    return (to_input, *[None] * 5, to_bias, *[None] * 4)
+
+
+for _name in ("linear", "linear_reference"):
+    torch.library.register_autograd(
+        f"compressed_format::{_name}", _backward_of_linear, setup_context=_save_for_linear, lib=_library
+    )
+
+
+# embedding -----------------------------------------------------------------------------------------------------------
+
+
+def _check_embedding(indices: torch.Tensor, weight: torch.Tensor, *rest: Any) -> None:
+    _check_weight("embedding", weight, *rest)
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise OpArgumentError(f"embedding: indices must be int64 or int32, not {indices.dtype}")
+    if len(_rows(weight, rest[3])) != 1:
+        raise OpArgumentError(f"embedding: weight must be a matrix, not shape {list(weight.shape)}")
+
+
+def _fake_embedding(
+    indices: torch.Tensor, weight: torch.Tensor, scale: Any, zero_point: Any, g_idx: Any, bitmask: Any, *layout: int
+) -> torch.Tensor:
+    dtype = weight.dtype if scale is None else scale.dtype
+    return weight.new_empty((*indices.shape, layout[1]), dtype=dtype)
+
+
+embedding = _define(
+    "embedding", f"Tensor indices, {_WEIGHT}, {_LAYOUT}", reference.embedding, _check_embedding, _fake_embedding
+)
+
+
+# fake_quantize -------------------------------------------------------------------------------------------------------
+
+
+def _check_fake_quantize(
+    input: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    bits: int,
+    is_float: bool,
+    symmetric: bool,
+    group_size: int,
+) -> None:
+    def fail(argument: str, message: str) -> None:
+        raise OpArgumentError(f"fake_quantize: {argument} {message}")
+
+    if input.dtype not in _FLOATS:
+        fail("input", f"must have a float dtype, not {input.dtype}")
+    if input.ndim < 1:
+        fail("input", "must have at least one dimension")
+    if not 1 <= bits <= 8 or (is_float and bits != 8):
+        fail("bits", f"must lie in 1 to 8 (8 for floats), not {bits}")
+    if group_size < -1 or (group_size > 0 and input.shape[-1] % group_size):
+        fail("group_size", f"must be 0, -1 or divide the {input.shape[-1]} columns of input, not {group_size}")
+    if scale is not None:
+        expected = (input.shape[-1] // group_size,) if group_size > 0 else (1,)
+        if group_size == -1:
+            fail("scale", "must be found from the values where each token has its own")
+        if tuple(scale.shape) != expected:
+            fail("scale", f"must have shape {list(expected)}, not {list(scale.shape)}")
+        if not symmetric and (zero_point is None or zero_point.shape != scale.shape):
+            fail("zero_point", f"must have shape {list(expected)} where codes are asymmetric")
+
+
+def _fake_fake_quantize(input: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return torch.empty_like(input, memory_format=torch.contiguous_format)
+
+
+fake_quantize = _define(
+    "fake_quantize",
+    "Tensor input, Tensor? scale, Tensor? zero_point, int bits, bool is_float, bool symmetric, int group_size",
+    reference.fake_quantize,
+    _check_fake_quantize,
+    _fake_fake_quantize,
+)
+
+
+def _straight_through(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Rounding has no useful derivative; the gradient passes as if it were the identity (Bengio et al., 2013)."""
+    return (gradient, *[None] * 6)
+
+
+for _name in ("fake_quantize", "fake_quantize_reference"):
+    torch.library.register_autograd(f"compressed_format::{_name}", _straight_through, lib=_library)

@@ -1,0 +1,341 @@
+"""Scales, quantizing and dequantizing, in plain torch: the definition of the numerics, bit for bit.
+
+Everything here follows the eager CPU path of compressed-tensors 0.20.0: each elementary operation is rounded to the
+dtype of its operands (for a bfloat16 weight, to bfloat16), the rounded scale is the one that quantizes, and values
+are clamped before they are rounded. ``schema/README.md`` has the formulas with worked examples.
+
+Each strategy gives one scale to a rectangle of the weight, ``block_rows`` x ``block_columns``: the whole matrix, one
+row, a group of a row, or a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from compressed_format.config import QuantizationArgs, QuantizationStrategy, QuantizationType
+from compressed_format.dtypes import DTYPES, torch_dtype
+from compressed_format.errors import Problem, QuantizationError, UnsupportedFormatError
+
+__all__ = [
+    "QuantizedWeight",
+    "block_shape",
+    "code_dtype",
+    "code_range",
+    "compute_scale",
+    "dequantize",
+    "dequantize_blocks",
+    "fake_quantize",
+    "from_blocks",
+    "group_size_problem",
+    "quantize",
+    "scale_of_range",
+    "scale_shape",
+    "scales_over_blocks",
+    "to_blocks",
+    "weight_scales",
+    "zero_point_dtype",
+]
+
+_SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """What a weight becomes when it is quantized, before any format has laid it out in tensors.
+
+    ``codes`` is int8 or float8_e4m3fn ``[..., O, I]``; in the dense format it is the weight itself and ``scale`` is
+    None. ``scale`` has :func:`scale_shape`, ``zero_point`` the same shape (None when symmetric), ``g_idx`` is int32
+    ``[I]``, the group of each column (None when column ``j`` belongs to group ``j // group_size``).
+    ``global_scale`` is reserved for NVFP4.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor | None = None
+    zero_point: torch.Tensor | None = None
+    global_scale: torch.Tensor | None = None
+    g_idx: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the dense weight."""
+        return self.codes.shape
+
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """The same weight with every tensor on ``device``."""
+        moved = {
+            name: tensor.to(device) for name, tensor in vars(self).items() if isinstance(tensor, torch.Tensor)
+        }
+        return replace(self, **moved)
+
+
+def code_dtype(args: QuantizationArgs, place: str = "") -> torch.dtype:
+    """The dtype of codes: int8 for integers of 1 to 8 bits, float8_e4m3fn for 8-bit floats.
+
+    Raises :class:`UnsupportedFormatError` for float 4 and 6 (NVFP4 and MX formats).
+    """
+    if args.type is QuantizationType.INT and 1 <= args.num_bits <= 8:
+        return torch.int8
+    if args.type is QuantizationType.FLOAT and args.num_bits == 8 and args.scale_dtype is None:
+        return torch.float8_e4m3fn
+    scales = f" with scales of {args.scale_dtype}" if args.scale_dtype is not None else ""
+    message = f"{args.type.value} of {args.num_bits} bits{scales} cannot be quantized or run yet (NVFP4 and MX formats)"
+    raise UnsupportedFormatError(problems=[Problem(place, message)])
+
+
+def code_range(args: QuantizationArgs) -> tuple[float, float]:
+    """The smallest and the largest code: ``-2**(b-1) .. 2**(b-1) - 1``, or +-448 for float8_e4m3fn."""
+    if args.type is QuantizationType.INT:
+        return float(-(1 << (args.num_bits - 1))), float((1 << (args.num_bits - 1)) - 1)
+    largest = DTYPES["float8_e4m3fn"].largest
+    return -largest, largest
+
+
+def block_shape(args: QuantizationArgs, shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
+    """The rectangle that shares one scale, as (rows, columns), for a weight of ``shape`` ``[..., O, I]``."""
+    rows, columns = shape[-2:]
+    if args.strategy is QuantizationStrategy.TENSOR:
+        return rows, columns
+    if args.strategy is QuantizationStrategy.CHANNEL:
+        return 1, columns
+    if args.strategy is QuantizationStrategy.BLOCK and args.block_structure is not None:
+        return args.block_structure
+    if args.strategy is QuantizationStrategy.GROUP and args.group_size is not None:
+        return 1, args.group_size
+    raise UnsupportedFormatError(f"the strategy {args.strategy.value!r} is not one of weights")
+
+
+def scale_shape(args: QuantizationArgs, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of ``weight_scale``: tensor ``[1]``, channel ``[..., O, 1]``, group ``[..., O, I/g]``,
+    block ``[..., ceil(O/bh), ceil(I/bw)]``."""
+    if args.strategy is QuantizationStrategy.TENSOR:
+        return (1,)
+    block_rows, block_columns = block_shape(args, shape)
+    return (*shape[:-2], -(-shape[-2] // block_rows), -(-shape[-1] // block_columns))
+
+
+def compute_scale(
+    minimum: torch.Tensor, maximum: torch.Tensor, args: QuantizationArgs
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale and zero point for values that span ``[minimum, maximum]``, by :func:`scale_of_range`."""
+    lowest, highest = code_range(args)
+    return scale_of_range(minimum, maximum, lowest, highest, None if args.symmetric else zero_point_dtype(args))
+
+
+def scale_of_range(
+    minimum: torch.Tensor,
+    maximum: torch.Tensor,
+    lowest: float,
+    highest: float,
+    zero_point_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale and zero point for values that span ``[minimum, maximum]`` and codes that span ``[lowest, highest]``.
+
+    Both come in the shape of ``minimum`` (``[1]``, if it has none), the scale in its dtype. Zero is always
+    representable. Symmetric (``zero_point_dtype`` is None): ``scale = max(|min|, |max|) / (range / 2)`` with
+    ``range = highest - lowest``, and no zero point. Asymmetric: ``scale = (max - min) / range`` and
+    ``zero_point = round(clamp(lowest - min / scale))``. A scale of exactly zero becomes the dtype's epsilon.
+    """
+    minimum = minimum.clamp(max=0)
+    maximum = maximum.clamp(min=0)
+    span = torch.tensor(highest - lowest, dtype=maximum.dtype, device=maximum.device)
+    epsilon = torch.tensor(torch.finfo(maximum.dtype).eps, dtype=maximum.dtype, device=maximum.device)
+    if zero_point_dtype is None:
+        scale = torch.maximum(minimum.abs(), maximum.abs()) / (span / 2)
+        return _at_least_1d(torch.where(scale == 0, epsilon, scale)), None
+    scale = (maximum - minimum) / span
+    ratio = minimum / scale
+    # The peer's `lowest` is a float32 scalar tensor, which decides the dtype of the difference where the range is a
+    # scalar too: dynamic quantization of a whole tensor.
+    raw = (lowest - (ratio.to(torch.float32) if ratio.ndim == 0 else ratio)).clamp(lowest, highest)
+    # An all-zero row has divided by zero here. Its zero point is undefined in the peer (NaN cast to an integer, which
+    # is 0 on x86), and 0 is what files hold.
+    raw = raw.nan_to_num(0.0)
+    zero_point = (raw if zero_point_dtype.is_floating_point else raw.round()).to(zero_point_dtype)
+    return _at_least_1d(torch.where(scale == 0, epsilon, scale)), _at_least_1d(zero_point)
+
+
+def weight_scales(
+    weight: torch.Tensor, args: QuantizationArgs, *, g_idx: torch.Tensor | None = None, place: str = "weight"
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale and zero point of ``weight`` ``[..., O, I]`` from the smallest and largest value of each rectangle.
+
+    Raises :class:`QuantizationError` if the weight holds NaN or infinity, or if ``group_size`` does not divide ``I``.
+    """
+    if weight.dtype not in _SCALE_DTYPES:
+        weight = weight.to(torch.float16)
+    _check_group_size(weight.shape, args, place)
+    if args.strategy is QuantizationStrategy.TENSOR:
+        minimum, maximum = (bound.reshape(1) for bound in torch.aminmax(weight))
+    else:
+        ordered = weight if g_idx is None else weight[..., torch.argsort(g_idx, stable=True)]
+        blocks = to_blocks(ordered, *block_shape(args, weight.shape))
+        minimum, maximum = blocks.amin(dim=(-3, -1)), blocks.amax(dim=(-3, -1))
+    if not (torch.isfinite(minimum).all() and torch.isfinite(maximum).all()):
+        raise _not_finite(weight, place)
+    return compute_scale(minimum, maximum, args)
+
+
+def quantize(
+    weight: torch.Tensor,
+    args: QuantizationArgs,
+    *,
+    scale: torch.Tensor | None = None,
+    zero_point: torch.Tensor | None = None,
+    g_idx: torch.Tensor | None = None,
+    place: str = "weight",
+) -> QuantizedWeight:
+    """Quantize ``weight`` ``[..., O, I]`` (float16, bfloat16 or float32).
+
+    ``scale`` (and ``zero_point``, for asymmetric ``args``) may come from a calibration algorithm; otherwise they are
+    found by :func:`weight_scales`. ``g_idx``, int32 ``[I]``, names the group of each column. ``place`` names the
+    weight in errors. Codes are ``round(clamp(weight / scale + zero_point))``, ties to even.
+
+    Raises :class:`QuantizationError` for NaN or infinity, for a ``group_size`` that does not divide ``I``, and for
+    scales or zero points of the wrong shape; :class:`UnsupportedFormatError` for number formats without a decoder.
+    """
+    codes_dtype = code_dtype(args, place)
+    _check_group_size(weight.shape, args, place)
+    if args.strategy is not QuantizationStrategy.GROUP:
+        g_idx = None
+    if scale is None:
+        scale, zero_point = weight_scales(weight, args, g_idx=g_idx, place=place)
+    else:
+        _check_given_scales(weight, args, scale, zero_point, place)
+        if not torch.isfinite(weight).all():
+            raise _not_finite(weight, place)
+    rows, columns = _block_shape_of(args, weight.shape, g_idx)
+    ratio = to_blocks(weight, rows, columns) / scales_over_blocks(scale, weight.ndim, g_idx)
+    if zero_point is not None:
+        ratio = ratio + scales_over_blocks(zero_point, weight.ndim, g_idx).to(weight.dtype)
+    ratio = ratio.clamp(*code_range(args))
+    codes = (ratio if codes_dtype.is_floating_point else ratio.round()).to(codes_dtype)
+    return QuantizedWeight(from_blocks(codes, weight.shape), scale, zero_point, g_idx=g_idx)
+
+
+def dequantize(
+    quantized: QuantizedWeight, args: QuantizationArgs | None, *, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """The dense weight ``(code - zero_point) * scale``, computed and rounded in the dtype of the scale.
+
+    ``dtype`` casts the result; without it, the result has the scale's dtype.
+    """
+    dense = quantized.codes
+    if quantized.scale is not None and args is not None:
+        blocks = block_shape(args, quantized.shape)
+        g_idx = quantized.g_idx if args.strategy is QuantizationStrategy.GROUP else None
+        dense = dequantize_blocks(dense, quantized.scale, quantized.zero_point, g_idx, *blocks)
+    return dense if dtype is None else dense.to(dtype)
+
+
+def dequantize_blocks(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    g_idx: torch.Tensor | None,
+    block_rows: int,
+    block_columns: int,
+) -> torch.Tensor:
+    """``(code - zero_point) * scale`` where each ``block_rows`` x ``block_columns`` of ``codes`` shares a scale.
+
+    With ``g_idx``, column ``j`` uses the scale of group ``g_idx[j]`` instead.
+    """
+    if g_idx is not None:
+        block_rows, block_columns = 1, 1
+    values = to_blocks(codes.to(scale.dtype), block_rows, block_columns)
+    if zero_point is not None:
+        values = values - scales_over_blocks(zero_point, codes.ndim, g_idx).to(scale.dtype)
+    return from_blocks(values * scales_over_blocks(scale, codes.ndim, g_idx), codes.shape)
+
+
+def fake_quantize(weight: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
+    """``dequantize(quantize(weight))``: what ``weight`` is after a round trip through ``args``."""
+    return dequantize(quantize(weight, args), args)
+
+
+def zero_point_dtype(args: QuantizationArgs) -> torch.dtype:
+    """The dtype of zero points: what the scheme says, else int8 for integer and float8_e4m3fn for float codes."""
+    if args.zp_dtype is not None:
+        return torch_dtype(args.zp_dtype)
+    return torch.int8 if args.type is QuantizationType.INT else torch.float8_e4m3fn
+
+
+def to_blocks(weight: torch.Tensor, block_rows: int, block_columns: int) -> torch.Tensor:
+    """View ``[..., O, I]`` as ``[..., R, block_rows, C, block_columns]``, padded with zeros at the lower right."""
+    block_rows, block_columns = max(block_rows, 1), max(block_columns, 1)
+    pad_rows, pad_columns = -weight.shape[-2] % block_rows, -weight.shape[-1] % block_columns
+    if pad_rows or pad_columns:
+        weight = torch.nn.functional.pad(weight, (0, pad_columns, 0, pad_rows))
+    rows, columns = weight.shape[-2:]
+    return weight.unflatten(-1, (columns // block_columns, block_columns)).unflatten(
+        -3, (rows // block_rows, block_rows)
+    )
+
+
+def from_blocks(blocks: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The inverse of :func:`to_blocks`: ``[..., O, I]``, with the padding cropped away."""
+    dense = blocks.flatten(-2).flatten(-3, -2)
+    return dense[..., : shape[-2], : shape[-1]].contiguous()
+
+
+def scales_over_blocks(values: torch.Tensor, ndim: int, g_idx: torch.Tensor | None = None) -> torch.Tensor:
+    """Scales or zero points, shaped to broadcast over :func:`to_blocks` of a weight with ``ndim`` dimensions."""
+    if values.numel() == 1:
+        return values.reshape((1,) * (ndim + 2))
+    if g_idx is not None:
+        values = values[..., g_idx]
+    return values.unsqueeze(-1).unsqueeze(-3)
+
+
+def _block_shape_of(args: QuantizationArgs, shape: torch.Size, g_idx: torch.Tensor | None) -> tuple[int, int]:
+    return (1, 1) if g_idx is not None else block_shape(args, shape)
+
+
+def _at_least_1d(values: torch.Tensor) -> torch.Tensor:
+    return values.reshape(1) if values.ndim == 0 else values
+
+
+def _check_group_size(shape: torch.Size, args: QuantizationArgs, place: str) -> None:
+    if args.strategy is QuantizationStrategy.GROUP and args.group_size and shape[-1] % args.group_size:
+        raise QuantizationError(problems=[Problem(place, group_size_problem(shape[-1], args.group_size))])
+
+
+def group_size_problem(columns: int, group_size: int) -> str:
+    """The sentence that says a group size does not divide, and which ones do."""
+    fitting = [size for size in (256, 128, 96, 64, 48, 32, 16, 8) if columns % size == 0]
+    way_out = f"group sizes that fit: {', '.join(map(str, fitting))}" if fitting else "no usual group size fits"
+    return (
+        f"group_size {group_size} does not divide its {columns} input features; {way_out}; "
+        'or use strategy "channel", or list the module in ignore'
+    )
+
+
+def _check_given_scales(
+    weight: torch.Tensor,
+    args: QuantizationArgs,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    place: str,
+) -> None:
+    problems = []
+    expected = scale_shape(args, weight.shape)
+    if tuple(scale.shape) != expected:
+        problems.append(Problem(place, f"the scale has shape {list(scale.shape)}, expected {list(expected)}"))
+    if not torch.isfinite(scale).all():
+        problems.append(Problem(place, "the scale holds NaN or infinity"))
+    if args.symmetric and zero_point is not None:
+        problems.append(Problem(place, "a zero point was given, but the scheme is symmetric"))
+    if not args.symmetric and (zero_point is None or tuple(zero_point.shape) != expected):
+        found = "none" if zero_point is None else f"one of shape {list(zero_point.shape)}"
+        problems.append(Problem(place, f"needs a zero point of shape {list(expected)}, found {found}"))
+    if problems:
+        raise QuantizationError(problems=problems)
+
+
+def _not_finite(weight: torch.Tensor, place: str) -> QuantizationError:
+    index = (~torch.isfinite(weight)).nonzero()[0].tolist()
+    value = weight[tuple(index)].item()
+    return QuantizationError(
+        problems=[Problem(place, f"holds {value} at index {index}; a weight must be finite to be quantized")]
+    )

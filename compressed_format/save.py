@@ -1,0 +1,168 @@
+"""``save_compressed``: a compressed model as a checkpoint folder that every reader of the format understands."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressed_format.checkpoint import write_checkpoint
+from compressed_format.compression import config_of
+from compressed_format.config import FORMAT_VERSION, QuantizationConfig, expand_ignore, resolve_targets
+from compressed_format.errors import CheckpointError, CompressedFormatWarning, ConfigError, FormatError, Problem
+from compressed_format.linear import compressed_modules
+
+__all__ = ["save_compressed"]
+
+# Files of a source folder that hold weights in one way or another; the compressed ones take their place.
+_WEIGHT_SUFFIXES = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json"}
+)
+
+
+def save_compressed(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    source: str | os.PathLike[str] | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write a compressed ``model`` to the folder ``path``: safetensors, index and ``config.json``, all or nothing.
+
+    ``source`` is the folder of the dense model: its tokenizer and other files are copied, and the keys of its
+    ``config.json`` kept. It defaults to the local folder that a transformers model was loaded from. ``ignore`` in the
+    written config lists every Linear that is not quantized, as all readers want it. ``progress`` is called with the
+    bytes written and their total.
+
+    Raises :class:`CheckpointExistsError` if ``path`` holds something and ``overwrite`` is not set, and
+    :class:`FormatError` if the model holds no compressed module, or one that its config does not describe.
+    """
+    config = _saved_config(model)
+    names = _checkpoint_names(model)
+    config = config.replace(ignore=tuple(_renamed(entry, names) for entry in config.ignore))
+    if config.sparsity_config is not None:
+        message = (
+            "this checkpoint is sparse: it loads here and in compressed-tensors up to 0.14, "
+            "not in vLLM, SGLang or a newer compressed-tensors"
+        )
+        warnings.warn(message, CompressedFormatWarning, stacklevel=2)
+    folder = _source_folder(model, source)
+    if folder is None and _is_pretrained(model):
+        message = "no source folder is known for this model, so no tokenizer was written; pass source="
+        warnings.warn(message, CompressedFormatWarning, stacklevel=2)
+    files = _files(model, folder)
+    files["config.json"] = _config_json(model, folder, config)
+    write_checkpoint(
+        path, _tensors(model, names), files=files, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
+    )
+
+
+def _saved_config(model: nn.Module) -> QuantizationConfig:
+    """The model's config, with ``ignore`` complete; checked against what its modules really are."""
+    compressed = compressed_modules(model)
+    config = config_of(model)
+    if not compressed or config is None:
+        raise FormatError("the model holds no compressed modules; call compress(model, config) first")
+    resolution = resolve_targets(model, config)
+    problems = []
+    for name, module in compressed.items():
+        assignment = resolution.assignments.get(name)
+        if assignment is None:
+            problems.append(Problem(name, "is compressed, but no target of the model's config reaches it"))
+        elif (assignment.scheme, assignment.sparsity) != (module.scheme, module.sparsity):
+            message = f"is compressed as {module.extra_repr()}, but its config says {assignment.reason}"
+            problems.append(Problem(name, message))
+    if problems:
+        raise FormatError("the model is not what its config says:", problems)
+    left_dense = [name for name in resolution.assignments if name not in compressed]
+    ignore = dict.fromkeys((*config.ignore, *expand_ignore(model, resolution), *left_dense))
+    return config.replace(ignore=tuple(ignore), quantization_status="compressed", version=FORMAT_VERSION)
+
+
+def _tensors(model: nn.Module, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """The state dict under checkpoint names, each shared parameter once."""
+    state = model.state_dict()
+    seen: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in state and seen.setdefault(id(parameter), name) != name:
+            del state[name]
+    return {names.get(name, name): tensor for name, tensor in state.items()}
+
+
+def _is_pretrained(model: nn.Module) -> bool:
+    return hasattr(model, "config") and hasattr(model, "save_pretrained")
+
+
+def _checkpoint_names(model: nn.Module) -> dict[str, str]:
+    """The checkpoint's name of each entry of the state dict; they differ where transformers renames on loading."""
+    state = model.state_dict()
+    if not _is_pretrained(model):
+        return {name: name for name in state}
+    from compressed_format.integrations.transformers import checkpoint_names
+
+    return checkpoint_names(model, state)
+
+
+def _renamed(module: str, names: Mapping[str, str]) -> str:
+    """The checkpoint's name of a module, out of those of its tensors; patterns stay as they are."""
+    for suffix in ("weight", "weight_packed"):
+        renamed = names.get(f"{module}.{suffix}", "")
+        if renamed.endswith(f".{suffix}"):
+            return renamed.removesuffix(f".{suffix}")
+    return module
+
+
+def _source_folder(model: nn.Module, source: str | os.PathLike[str] | None) -> Path | None:
+    if source is not None:
+        folder = Path(source)
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: the source is not a folder")
+        return folder
+    known = getattr(getattr(model, "config", None), "_name_or_path", "")
+    return Path(known) if known and Path(known).is_dir() else None
+
+
+def _files(model: nn.Module, folder: Path | None) -> dict[str, bytes | Path]:
+    """Tokenizer, templates, code and whatever else of ``folder`` is no weight; hidden folders stay behind."""
+    files: dict[str, bytes | Path] = {}
+    if folder is not None:
+        for found in sorted(folder.rglob("*")):
+            name = found.relative_to(folder)
+            hidden = any(part.startswith(".") for part in name.parts)
+            weights = any(found.name.endswith(suffix) for suffix in _WEIGHT_SUFFIXES)
+            if found.is_file() and not hidden and not weights and str(name) != "config.json":
+                files[name.as_posix()] = found
+    generation = getattr(model, "generation_config", None)
+    if "generation_config.json" not in files and hasattr(generation, "to_json_string"):
+        files["generation_config.json"] = generation.to_json_string().encode()
+    return files
+
+
+def _config_json(model: nn.Module, folder: Path | None, config: QuantizationConfig) -> bytes:
+    """``config.json``: the source's, or else the model's, with ``quantization_config`` put in."""
+    content: dict[str, Any] = {}
+    model_config = getattr(model, "config", None)
+    source = None if folder is None else folder / "config.json"
+    if source is not None and source.is_file():
+        try:
+            content = json.loads(source.read_bytes())
+        except ValueError as error:
+            raise ConfigError(f"{source}: {error}") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"{source}: must be a JSON object, not {type(content).__name__}")
+    elif _is_pretrained(model) and model_config is not None:
+        content = json.loads(model_config.to_json_string())
+        content["architectures"] = content.get("architectures") or [type(model).__name__]
+    if getattr(model_config, "tie_word_embeddings", None) is False and content.get("tie_word_embeddings", True):
+        content["tie_word_embeddings"] = False
+    content.pop("compression_config", None)
+    content["quantization_config"] = config.to_dict()
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
