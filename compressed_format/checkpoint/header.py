@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -116,21 +117,21 @@ def _parse_entry(entry: Any, file: str, data_start: int, file_size: int) -> Tens
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     dtype = DTYPES_BY_SAFETENSORS_CODE.get(code) if isinstance(code, str) else None
     if dtype is None:
-        return f"unknown dtype {_short(code)}; known are {', '.join(sorted(DTYPES_BY_SAFETENSORS_CODE))}"
+        return f"unknown dtype {reprlib.repr(code)}; known are {', '.join(sorted(DTYPES_BY_SAFETENSORS_CODE))}"
     if not _is_list_of_sizes(shape):
-        return f"shape {_short(shape)} must be a list of integers from 0 to 2**63 - 1"
+        return f"shape {reprlib.repr(shape)} must be a list of integers from 0 to 2**63 - 1"
     if not _is_list_of_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        return f"data_offsets {_short(offsets)} must be two integers, the first not above the second"
+        return f"data_offsets {reprlib.repr(offsets)} must be two integers, the first not above the second"
     # Python's integers do not overflow, but torch's do, also where another dimension is zero. Stopping early keeps
     # the product small however many dimensions there are.
     size = dtype.bits // 8
     for length in shape:
         size *= max(length, 1)
         if size > _LARGEST_SIZE:
-            return f"shape {_short(shape)} is larger than any memory"
+            return f"shape {reprlib.repr(shape)} is larger than any memory"
     size = 0 if 0 in shape else size
     if size != offsets[1] - offsets[0]:
-        return f"shape {_short(shape)} of {dtype.name} takes {size} bytes, data_offsets {offsets} span another number"
+        return f"shape {reprlib.repr(shape)} of {dtype.name} takes {size} bytes, data_offsets {offsets} span another"
     if data_start + offsets[1] > file_size:
         return f"data_offsets {offsets} reach past the end of the {file_size - data_start} bytes of data"
     return TensorSpec(dtype.name, tuple(shape), file, data_start + offsets[0], data_start + offsets[1])
@@ -149,11 +150,3 @@ def _layout_problems(tensors: Mapping[str, TensorSpec], file: str, position: int
 def _is_list_of_sizes(value: Any) -> bool:
     # type() and not isinstance(): true and false are no sizes.
     return isinstance(value, list) and all(type(item) is int and 0 <= item <= _LARGEST_SIZE for item in value)
-
-
-def _short(value: Any) -> str:
-    try:
-        text = repr(value)
-    except RecursionError:
-        text = "(nested deeply)"
-    return text if len(text) <= 80 else f"{text[:80]}…"

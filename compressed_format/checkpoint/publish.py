@@ -243,8 +243,6 @@ def _blaming(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise _error(path, f"{what}: {error.strerror or error}") from error
 
 

@@ -115,6 +115,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     path = Path(path)
     folder, index, files = _locate(path)
+    folder = folder.absolute()  # tensors are mapped later, maybe from another working directory
     problems: list[Problem] = []
     weight_map: dict[str, str] = {}
     if index is not None:

@@ -140,14 +140,18 @@ def _tensor_problem(name: Any, tensor: Any) -> str | None:
     if not isinstance(name, str) or name == "__metadata__" or not _is_unicode(name):
         return "is no name for a tensor: give a string of valid Unicode, other than __metadata__"
     if not isinstance(tensor, torch.Tensor):
-        return f"is a {type(tensor).__name__}, not a tensor"
+        return f"is of the type {type(tensor).__name__}, not a tensor"
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         return f"is a {type(tensor).__name__}, which holds no plain memory: convert it to a torch.Tensor"
+    if torch.nn.parameter.is_lazy(tensor):
+        return "is not initialised yet: call forward once"
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         return f"is {kind}, and the format holds dense tensors only"
     if tensor.device.type == "meta":
         return "is on the meta device and has no values: load it first"
+    if tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0:
+        return "has no memory any more: its storage was freed, as sharding libraries do"
     if _spec(tensor)[0] not in DTYPES:
         return f"has the dtype {tensor.dtype}, and the format holds {', '.join(sorted(DTYPES))}"
     return None
@@ -175,7 +179,7 @@ def _file_problems(files: Mapping[Any, Any]) -> Iterable[Problem]:
             if not content.is_file():
                 yield Problem(place, f"{content} is no file that can be copied")
         elif not isinstance(content, bytes):
-            yield Problem(place, f"give bytes, or a pathlib.Path to copy, not a {type(content).__name__}")
+            yield Problem(place, f"give bytes, or a pathlib.Path to copy, not the type {type(content).__name__}")
 
 
 def _is_unicode(text: str) -> bool:
