@@ -37,6 +37,10 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """
     size = codes.shape[-1]
     words = packed_words(size, bits)
+    if codes.numel() == 0:
+        return codes.new_zeros((*codes.shape[:-1], words), dtype=torch.int32)
+    if 8 % bits == 0:
+        return _pack_bytes(codes, bits, words)
     offset_binary = (codes.to(torch.int64) + (1 << (bits - 1))) & ((1 << bits) - 1)
     # 32 consecutive codes fill exactly `bits` words, so the places at which codes straddle words repeat with that
     # period: packing is then `32` vector operations on columns, instead of one operation for each bit.
@@ -55,6 +59,10 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack_codes(packed: torch.Tensor, bits: int, size: int) -> torch.Tensor:
     """The inverse of :func:`pack_codes`: int32 ``[..., words]`` to int8 codes ``[..., size]``."""
+    if packed.numel() == 0:
+        return packed.new_zeros((*packed.shape[:-1], size), dtype=torch.int8)
+    if 8 % bits == 0:
+        return _unpack_bytes(packed, bits, size)
     blocks = -(-size // 32)
     words = packed.to(torch.int64) & 0xFFFFFFFF
     words = torch.nn.functional.pad(words, (0, blocks * bits - words.shape[-1])).unflatten(-1, (blocks, bits))
@@ -74,6 +82,33 @@ def unpack_word_aligned_codes(packed: torch.Tensor, bits: int, size: int) -> tor
     shifts = torch.arange(per_word, device=packed.device) * bits
     codes = ((packed.to(torch.int64) & 0xFFFFFFFF).unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
     return (codes - (1 << (bits - 1))).to(torch.int8).flatten(-2)[..., :size].contiguous()
+
+
+def _pack_bytes(codes: torch.Tensor, bits: int, words: int) -> torch.Tensor:
+    """:func:`pack_codes` for widths that divide a byte: codes never straddle, so bytes do, an eighth of the memory."""
+    per_byte = 8 // bits
+    padding = words * 4 * per_byte - codes.shape[-1]
+    offset_binary = codes.view(torch.uint8) + (1 << (bits - 1))
+    if bits < 8:
+        offset_binary &= (1 << bits) - 1
+    columns = torch.nn.functional.pad(offset_binary, (0, padding)).unflatten(-1, (words * 4, per_byte))
+    packed = codes.new_zeros((*codes.shape[:-1], words * 4), dtype=torch.uint8)
+    for index in range(per_byte):
+        packed |= columns[..., index] << (index * bits)
+    return packed.view(torch.int32)
+
+
+def _unpack_bytes(packed: torch.Tensor, bits: int, size: int) -> torch.Tensor:
+    """:func:`unpack_codes` for widths that divide a byte."""
+    # Flat, because a dimension of size one may have any stride, and a view as bytes wants the last one to be 1.
+    stored = packed.reshape(-1).view(torch.uint8).reshape(*packed.shape[:-1], packed.shape[-1] * 4)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    codes = stored.unsqueeze(-1) >> shifts
+    if bits < 8:
+        codes &= (1 << bits) - 1
+    # In uint8 the offset wraps around, which is the two's complement of the negative codes.
+    codes -= 1 << (bits - 1)
+    return codes.flatten(-2)[..., :size].contiguous().view(torch.int8)
 
 
 def _low_words(values: torch.Tensor) -> torch.Tensor:

@@ -88,7 +88,11 @@ class Sparse24Bitmask:
                 "prune it first"
             )
             raise FormatError(problems=[Problem(place, message)])
-        mask = _two_of_four(_magnitude(weight))
+        # Which zeros fill a group of four with fewer than two values is arbitrary, and readers do not care; this is the
+        # choice of the files that exist, whose writer left it to topk on the CPU.
+        quads = _magnitude(weight).unflatten(-1, (-1, 4)).cpu()
+        kept = quads.topk(2, dim=-1).indices
+        mask = torch.zeros(quads.shape, dtype=torch.bool).scatter_(-1, kept, True).flatten(-2).to(weight.device)
         return {
             "shape": torch.tensor(weight.shape, dtype=torch.int64).unsqueeze(-1),
             "compressed": _select(weight, mask).reshape(weight.shape[0], -1),
@@ -112,7 +116,10 @@ class Sparse24Bitmask:
 def prune_2_of_4(weight: torch.Tensor, *, place: str = "weight") -> torch.Tensor:
     """``weight`` ``[O, I]`` with the two smaller magnitudes of each four columns set to zero; ties keep the left."""
     _check_quads(weight, place)
-    return torch.where(_two_of_four(weight.abs()), weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+    quads = weight.abs().unflatten(-1, (-1, 4))
+    kept = quads.argsort(dim=-1, descending=True, stable=True)[..., :2]
+    mask = torch.zeros(quads.shape, dtype=torch.bool, device=weight.device).scatter_(-1, kept, True).flatten(-2)
+    return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
 
 
 def first_dense_quad(weight: torch.Tensor) -> tuple[int, int] | None:
@@ -158,14 +165,6 @@ def _magnitude(weight: torch.Tensor) -> torch.Tensor:
     if weight.dtype == torch.int8:
         return weight.to(torch.int16).abs()
     return (weight.to(torch.float32) if weight.dtype == torch.float8_e4m3fn else weight).abs()
-
-
-def _two_of_four(magnitude: torch.Tensor) -> torch.Tensor:
-    """The two largest of each four columns, as a mask; ties go to the left."""
-    quads = magnitude.unflatten(-1, (-1, 4))
-    order = quads.argsort(dim=-1, descending=True, stable=True)
-    mask = torch.zeros(quads.shape, dtype=torch.bool, device=magnitude.device)
-    return mask.scatter_(-1, order[..., :2], True).flatten(-2)
 
 
 def _select(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
