@@ -43,7 +43,8 @@ print(json.dumps({
 
 
 def fresh_interpreter(folder: Path | None = None, **environment: str) -> dict[str, Any]:
-    command = [sys.executable, "-c", PROGRAM, *([] if folder is None else [str(folder)])]
+    # -I: the folder in which the tests run holds the package's sources, which must not be found by accident.
+    command = [sys.executable, "-I", "-c", PROGRAM, *([] if folder is None else [str(folder)])]
     variables = {name: value for name, value in os.environ.items() if name != "COMPRESSED_FORMAT_DISABLE_NATIVE"}
     output = subprocess.run(command, check=True, capture_output=True, text=True, env=variables | environment)
     assert output.stderr == ""
