@@ -3,6 +3,7 @@
 from compressed_format.config.args import QuantizationArgs
 from compressed_format.config.config import FORMAT_VERSION, QuantizationConfig
 from compressed_format.config.presets import PRESETS
+from compressed_format.config.schema_builder import json_schema
 from compressed_format.config.scheme import QuantizationScheme
 from compressed_format.config.sparsity import MoESparsityConfig, SparsityConfig
 from compressed_format.config.targets import Assignment, TargetResolution, expand_ignore, resolve_targets
@@ -40,5 +41,6 @@ __all__ = [
     "TransformScheme",
     "TransformType",
     "expand_ignore",
+    "json_schema",
     "resolve_targets",
 ]

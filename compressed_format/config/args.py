@@ -71,7 +71,7 @@ class _Block:
     def read(self, value: Any, place: str, report: Report) -> Any:
         sides: Any = value
         if isinstance(value, str) and len(value) < 40:
-            sides = [int(side) if side.strip().isdecimal() else None for side in value.lower().split("x")]
+            sides = [int(side) if side.isascii() and side.isdecimal() else None for side in value.lower().split("x")]
         if isinstance(sides, (list, tuple)) and len(sides) == 2:
             whole = [int(side) if isinstance(side, float) and side.is_integer() else side for side in sides]
             if all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in whole):

@@ -41,7 +41,7 @@ class SparsityConfig(Model):
         default=0.0, description="Which part of all weights is zero; for information only."
     )
     sparsity_structure: Annotated[str | None, Nullable(Text())] = Field(
-        default="unstructured", description="The pattern of the zeros, 2:4 or unstructured."
+        default=None, description="The pattern of the zeros, 2:4 or unstructured; left out, it follows from the format."
     )
     registry_requires_subclass: Annotated[bool, Boolean()] = Field(
         default=False, description="Means nothing here; older readers expect it to be false."
@@ -52,9 +52,11 @@ class SparsityConfig(Model):
         stored = fields.get("format")
         if stored in _NOT_SPARSE:
             report.error(child(place, "format"), _NOT_SPARSE[str(stored)])
-        structure = fields.get("sparsity_structure", "2:4")
-        if stored is CompressionFormat.SPARSE_24_BITMASK and structure != "2:4":
+        implied = "2:4" if stored is CompressionFormat.SPARSE_24_BITMASK else "unstructured"
+        structure = fields.get("sparsity_structure") or implied
+        if stored is CompressionFormat.SPARSE_24_BITMASK and structure != implied:
             report.doubt(child(place, "sparsity_structure"), f'must be "2:4" for {stored}, not {show(structure)}')
+        fields["sparsity_structure"] = structure
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of a file."""
