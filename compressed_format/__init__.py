@@ -39,7 +39,7 @@ _EXPORTS = {
     "save_compressed": "save",
 }
 
-__all__ = sorted(_EXPORTS)  # noqa: PLE0605
+__all__ = sorted(_EXPORTS)
 
 if TYPE_CHECKING:
     from compressed_format.compression import compress, decompress

@@ -11,7 +11,7 @@ import torch
 from compressed_format.config import QuantizationArgs, QuantizationStrategy, QuantizationType
 from compressed_format.dtypes import DTYPES
 from compressed_format.errors import Problem, UnsupportedFormatError
-from compressed_format.quantization import scale_of_range
+from compressed_format.scales import round_to_codes, scale_of_range
 
 __all__ = ["WHOLE_TENSOR", "WHOLE_TOKEN", "activation_group_size", "fake_quantize_activations"]
 
@@ -75,8 +75,7 @@ def fake_quantize_activations(
     ratio = values / scale
     if zero_point is not None:
         ratio = ratio + zero_point.to(values.dtype)
-    ratio = ratio.clamp(lowest, highest)
-    codes = (ratio.to(torch.float8_e4m3fn) if is_float else ratio.round()).to(scale.dtype)
+    codes = round_to_codes(ratio, lowest, highest, is_float).to(scale.dtype)
     if zero_point is not None:
         codes = codes - zero_point.to(scale.dtype)
     return (codes * scale).reshape(input.shape).to(input.dtype)

@@ -260,9 +260,7 @@ def _tied_weights(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {name: tuple(names) for names in owners.values() if len(names) > 1 for name in names}
 
 
-def _announce_broken_ties(
-    model: nn.Module, ties: Mapping[str, tuple[str, ...]], resolution: TargetResolution
-) -> None:
+def _announce_broken_ties(model: nn.Module, ties: Mapping[str, tuple[str, ...]], resolution: TargetResolution) -> None:
     """Say which weights shared by several modules stop being shared, because not all of them get the same scheme."""
     for names in dict.fromkeys(ties.values()):
         assignments = [resolution.assignments.get(name) for name in names]
@@ -302,8 +300,6 @@ def _plain_module(module: CompressedModule, weight: nn.Parameter) -> nn.Module:
         plain.bias = module._parameters["bias"]
     else:
         assert isinstance(module, CompressedEmbedding)
-        plain = nn.Embedding(
-            module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx, device="meta"
-        )
+        plain = nn.Embedding(module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx, device="meta")
     plain.weight = weight
     return plain.train(module.training)

@@ -50,7 +50,9 @@ def load_compressed(
     else:
         if from_pretrained:
             unused = ", ".join(sorted(from_pretrained))
-            raise TypeError(f"load_compressed got {unused}, which only transformers' from_pretrained takes, with model=")
+            raise TypeError(
+                f"load_compressed got {unused}, which only transformers' from_pretrained takes, with model="
+            )
         loaded = _fill(model, path, config, dtype)
     return loaded if device is None else loaded.to(device)
 

@@ -1,4 +1,4 @@
-"""Scales, quantizing and dequantizing, in plain torch: the definition of the numerics, bit for bit.
+"""Quantizing and dequantizing weights, in plain torch: the definition of the numerics, bit for bit.
 
 Everything here follows the eager CPU path of compressed-tensors 0.20.0: each elementary operation is rounded to the
 dtype of its operands (for a bfloat16 weight, to bfloat16), the rounded scale is the one that quantizes, and values
@@ -14,30 +14,27 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from compressed_format.config import QuantizationArgs, QuantizationStrategy, QuantizationType
-from compressed_format.dtypes import DTYPES, torch_dtype
+from compressed_format.config import QuantizationArgs, QuantizationStrategy
 from compressed_format.errors import Problem, QuantizationError, UnsupportedFormatError
+from compressed_format.scales import code_dtype, code_range, compute_scale, least_error_range, round_to_codes
 
 __all__ = [
     "QuantizedWeight",
     "block_shape",
-    "code_dtype",
-    "code_range",
-    "compute_scale",
     "dequantize",
     "dequantize_blocks",
     "fake_quantize",
     "from_blocks",
     "group_size_problem",
     "quantize",
-    "scale_of_range",
     "scale_shape",
     "scales_over_blocks",
     "to_blocks",
     "weight_scales",
-    "zero_point_dtype",
 ]
 
+_EXTREMES = frozenset({None, "minmax", "static_minmax", "memoryless_minmax", "moving_average_minmax"})
+_LEAST_ERROR = frozenset({"mse", "memoryless_mse"})
 _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -64,32 +61,8 @@ class QuantizedWeight:
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same weight with every tensor on ``device``."""
-        moved = {
-            name: tensor.to(device) for name, tensor in vars(self).items() if isinstance(tensor, torch.Tensor)
-        }
+        moved = {name: tensor.to(device) for name, tensor in vars(self).items() if isinstance(tensor, torch.Tensor)}
         return replace(self, **moved)
-
-
-def code_dtype(args: QuantizationArgs, place: str = "") -> torch.dtype:
-    """The dtype of codes: int8 for integers of 1 to 8 bits, float8_e4m3fn for 8-bit floats.
-
-    Raises :class:`UnsupportedFormatError` for float 4 and 6 (NVFP4 and MX formats).
-    """
-    if args.type is QuantizationType.INT and 1 <= args.num_bits <= 8:
-        return torch.int8
-    if args.type is QuantizationType.FLOAT and args.num_bits == 8 and args.scale_dtype is None:
-        return torch.float8_e4m3fn
-    scales = f" with scales of {args.scale_dtype}" if args.scale_dtype is not None else ""
-    message = f"{args.type.value} of {args.num_bits} bits{scales} cannot be quantized or run yet (NVFP4 and MX formats)"
-    raise UnsupportedFormatError(problems=[Problem(place, message)])
-
-
-def code_range(args: QuantizationArgs) -> tuple[float, float]:
-    """The smallest and the largest code: ``-2**(b-1) .. 2**(b-1) - 1``, or +-448 for float8_e4m3fn."""
-    if args.type is QuantizationType.INT:
-        return float(-(1 << (args.num_bits - 1))), float((1 << (args.num_bits - 1)) - 1)
-    largest = DTYPES["float8_e4m3fn"].largest
-    return -largest, largest
 
 
 def block_shape(args: QuantizationArgs, shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
@@ -115,51 +88,13 @@ def scale_shape(args: QuantizationArgs, shape: torch.Size | tuple[int, ...]) -> 
     return (*shape[:-2], -(-shape[-2] // block_rows), -(-shape[-1] // block_columns))
 
 
-def compute_scale(
-    minimum: torch.Tensor, maximum: torch.Tensor, args: QuantizationArgs
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scale and zero point for values that span ``[minimum, maximum]``, by :func:`scale_of_range`."""
-    lowest, highest = code_range(args)
-    return scale_of_range(minimum, maximum, lowest, highest, None if args.symmetric else zero_point_dtype(args))
-
-
-def scale_of_range(
-    minimum: torch.Tensor,
-    maximum: torch.Tensor,
-    lowest: float,
-    highest: float,
-    zero_point_dtype: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scale and zero point for values that span ``[minimum, maximum]`` and codes that span ``[lowest, highest]``.
-
-    Both come in the shape of ``minimum`` (``[1]``, if it has none), the scale in its dtype. Zero is always
-    representable. Symmetric (``zero_point_dtype`` is None): ``scale = max(|min|, |max|) / (range / 2)`` with
-    ``range = highest - lowest``, and no zero point. Asymmetric: ``scale = (max - min) / range`` and
-    ``zero_point = round(clamp(lowest - min / scale))``. A scale of exactly zero becomes the dtype's epsilon.
-    """
-    minimum = minimum.clamp(max=0)
-    maximum = maximum.clamp(min=0)
-    span = torch.tensor(highest - lowest, dtype=maximum.dtype, device=maximum.device)
-    epsilon = torch.tensor(torch.finfo(maximum.dtype).eps, dtype=maximum.dtype, device=maximum.device)
-    if zero_point_dtype is None:
-        scale = torch.maximum(minimum.abs(), maximum.abs()) / (span / 2)
-        return _at_least_1d(torch.where(scale == 0, epsilon, scale)), None
-    scale = (maximum - minimum) / span
-    ratio = minimum / scale
-    # The peer's `lowest` is a float32 scalar tensor, which decides the dtype of the difference where the range is a
-    # scalar too: dynamic quantization of a whole tensor.
-    raw = (lowest - (ratio.to(torch.float32) if ratio.ndim == 0 else ratio)).clamp(lowest, highest)
-    # An all-zero row has divided by zero here. Its zero point is undefined in the peer (NaN cast to an integer, which
-    # is 0 on x86), and 0 is what files hold.
-    raw = raw.nan_to_num(0.0)
-    zero_point = (raw if zero_point_dtype.is_floating_point else raw.round()).to(zero_point_dtype)
-    return _at_least_1d(torch.where(scale == 0, epsilon, scale)), _at_least_1d(zero_point)
-
-
 def weight_scales(
     weight: torch.Tensor, args: QuantizationArgs, *, g_idx: torch.Tensor | None = None, place: str = "weight"
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scale and zero point of ``weight`` ``[..., O, I]`` from the smallest and largest value of each rectangle.
+
+    With the observer ``mse``, from the range of :func:`~compressed_format.scales.least_error_range` instead, whose
+    options are its ``observer_kwargs``. A weight is seen once, so the other observers do not differ.
 
     Raises :class:`QuantizationError` if the weight holds NaN or infinity, or if ``group_size`` does not divide ``I``.
     """
@@ -167,11 +102,11 @@ def weight_scales(
         weight = weight.to(torch.float16)
     _check_group_size(weight.shape, args, place)
     if args.strategy is QuantizationStrategy.TENSOR:
-        minimum, maximum = (bound.reshape(1) for bound in torch.aminmax(weight))
+        minimum, maximum = (bound.reshape(1) for bound in _range(weight, tuple(range(weight.ndim)), args, place))
     else:
         ordered = weight if g_idx is None else weight[..., torch.argsort(g_idx, stable=True)]
         blocks = to_blocks(ordered, *block_shape(args, weight.shape))
-        minimum, maximum = blocks.amin(dim=(-3, -1)), blocks.amax(dim=(-3, -1))
+        minimum, maximum = (bound.squeeze(-1).squeeze(-2) for bound in _range(blocks, (-3, -1), args, place))
     if not (torch.isfinite(minimum).all() and torch.isfinite(maximum).all()):
         raise _not_finite(weight, place)
     return compute_scale(minimum, maximum, args)
@@ -209,8 +144,7 @@ def quantize(
     ratio = to_blocks(weight, rows, columns) / scales_over_blocks(scale, weight.ndim, g_idx)
     if zero_point is not None:
         ratio = ratio + scales_over_blocks(zero_point, weight.ndim, g_idx).to(weight.dtype)
-    ratio = ratio.clamp(*code_range(args))
-    codes = (ratio if codes_dtype.is_floating_point else ratio.round()).to(codes_dtype)
+    codes = round_to_codes(ratio, *code_range(args), codes_dtype.is_floating_point).to(codes_dtype)
     return QuantizedWeight(from_blocks(codes, weight.shape), scale, zero_point, g_idx=g_idx)
 
 
@@ -254,13 +188,6 @@ def fake_quantize(weight: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
     return dequantize(quantize(weight, args), args)
 
 
-def zero_point_dtype(args: QuantizationArgs) -> torch.dtype:
-    """The dtype of zero points: what the scheme says, else int8 for integer and float8_e4m3fn for float codes."""
-    if args.zp_dtype is not None:
-        return torch_dtype(args.zp_dtype)
-    return torch.int8 if args.type is QuantizationType.INT else torch.float8_e4m3fn
-
-
 def to_blocks(weight: torch.Tensor, block_rows: int, block_columns: int) -> torch.Tensor:
     """View ``[..., O, I]`` as ``[..., R, block_rows, C, block_columns]``, padded with zeros at the lower right."""
     block_rows, block_columns = max(block_rows, 1), max(block_columns, 1)
@@ -288,12 +215,24 @@ def scales_over_blocks(values: torch.Tensor, ndim: int, g_idx: torch.Tensor | No
     return values.unsqueeze(-1).unsqueeze(-3)
 
 
+def _range(
+    values: torch.Tensor, dim: tuple[int, ...], args: QuantizationArgs, place: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The range over ``dim`` that codes should span, as the observer of ``args`` sees it; keeps the dimensions."""
+    if args.observer in _EXTREMES:
+        return values.amin(dim, keepdim=True), values.amax(dim, keepdim=True)
+    allowed = sorted(name for name in (*_EXTREMES, *_LEAST_ERROR) if name)
+    if args.observer not in _LEAST_ERROR:
+        message = f"the observer {args.observer!r} is not known for weights; there are {', '.join(allowed)}"
+        raise QuantizationError(problems=[Problem(place, message)])
+    try:
+        return least_error_range(values, dim, args, **args.observer_kwargs)
+    except TypeError as error:
+        raise QuantizationError(problems=[Problem(place, f"observer {args.observer}: {error}")]) from error
+
+
 def _block_shape_of(args: QuantizationArgs, shape: torch.Size, g_idx: torch.Tensor | None) -> tuple[int, int]:
     return (1, 1) if g_idx is not None else block_shape(args, shape)
-
-
-def _at_least_1d(values: torch.Tensor) -> torch.Tensor:
-    return values.reshape(1) if values.ndim == 0 else values
 
 
 def _check_group_size(shape: torch.Size, args: QuantizationArgs, place: str) -> None:

@@ -113,7 +113,9 @@ class Skeleton:
             tensor = stored.get(suffix)
             if tensor is None:
                 if suffix != "weight_g_idx":
-                    problems.append(Problem(f"{name}.{suffix}", f"is missing from the checkpoint ({assignment.reason})"))
+                    problems.append(
+                        Problem(f"{name}.{suffix}", f"is missing from the checkpoint ({assignment.reason})")
+                    )
                 continue
             message = None if tensor.dtype not in DTYPES else _problem(suffix, spec, tensor, assignment, shape)
             if message is not None:

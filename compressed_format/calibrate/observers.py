@@ -11,10 +11,10 @@ from abc import ABC, abstractmethod
 import torch
 from frozendict import frozendict
 
-from compressed_format.activations import WHOLE_TENSOR, activation_group_size, fake_quantize_activations
-from compressed_format.config import QuantizationArgs, QuantizationType
+from compressed_format.activations import WHOLE_TENSOR, activation_group_size
+from compressed_format.config import QuantizationArgs
 from compressed_format.errors import CalibrationError, Problem
-from compressed_format.quantization import compute_scale
+from compressed_format.scales import compute_scale, least_error_range
 
 __all__ = ["OBSERVERS", "Observer", "observer_for"]
 
@@ -85,48 +85,27 @@ class MovingAverageMinMax(Observer):
 
 
 class MeanSquaredError(MovingAverageMinMax):
-    """The moving average of the range that, shrunk step by step, rounds each batch with the least error.
-
-    Shrinks the smallest and largest value together, ``steps`` times down to ``1 - largest_shrink`` of them, and keeps
-    the factor with the least ``sum(|rounded - x| ** norm)``.
-    """
+    """The moving average of each batch's :func:`~compressed_format.scales.least_error_range`, by its options."""
 
     def __init__(
         self,
         args: QuantizationArgs,
         momentum: float = 0.01,
-        largest_shrink: float = 0.2,
-        steps: int = 20,
+        maxshrink: float = 0.2,
+        grid: int = 20,
         norm: float = 2.4,
     ) -> None:
         super().__init__(args, momentum)
-        if not 0 < largest_shrink < 1 or steps < 1 or norm <= 0:
-            raise ValueError(
-                "largest_shrink must lie in (0, 1), steps and norm must be positive, not "
-                f"{largest_shrink}, {steps} and {norm}"
-            )
-        self.largest_shrink, self.steps, self.norm = largest_shrink, steps, norm
+        if not 0 < maxshrink < 1 or grid < 1 or norm <= 0:
+            found = f"{maxshrink}, {grid} and {norm}"
+            raise ValueError(f"maxshrink must lie in (0, 1), grid and norm must be positive, not {found}")
+        self.maxshrink, self.grid, self.norm = maxshrink, grid, norm
 
     def _accumulate(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        minimum, maximum = values.amin(dim=-1), values.amax(dim=-1)
-        best = torch.full(minimum.shape, torch.inf, device=values.device)
-        best_range = minimum, maximum
-        is_float = self.args.type is QuantizationType.FLOAT
-        for step in range(self.steps + 1):
-            factor = 1 - self.largest_shrink * step / self.steps
-            shrunk = minimum * factor, maximum * factor
-            scale, zero_point = compute_scale(*shrunk, self.args)
-            rounded = fake_quantize_activations(
-                values.T.contiguous(), scale, zero_point, self.args.num_bits, is_float, self.args.symmetric, 1
-            ).T
-            error = (rounded - values).abs().to(torch.float32).pow(self.norm).sum(dim=-1)
-            better = error < best
-            best = torch.where(better, error, best)
-            best_range = (
-                torch.where(better, shrunk[0], best_range[0]),
-                torch.where(better, shrunk[1], best_range[1]),
-            )
-        return self._average(*best_range)
+        minimum, maximum = least_error_range(
+            values, (-1,), self.args, maxshrink=self.maxshrink, grid=self.grid, norm=self.norm
+        )
+        return self._average(minimum.squeeze(-1), maximum.squeeze(-1))
 
 
 OBSERVERS: frozendict[str, type[Observer]] = frozendict(
@@ -136,6 +115,7 @@ OBSERVERS: frozendict[str, type[Observer]] = frozendict(
         "memoryless_minmax": MinMax,
         "moving_average_minmax": MovingAverageMinMax,
         "mse": MeanSquaredError,
+        "memoryless_mse": MeanSquaredError,
     }
 )
 

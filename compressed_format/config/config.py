@@ -132,6 +132,10 @@ class QuantizationConfig(Model):
 
     @classmethod
     def rules(cls, fields: dict[str, Any], place: str, report: Report) -> None:
+        sparsity = fields.get("sparsity_config")
+        if sparsity is not None and sparsity.format is CompressionFormat.DENSE:
+            # Older releases say so of models without sparsity, and servers refuse what is not empty.
+            fields["sparsity_config"] = None
         move_sparsity(fields, place, report)
         settle_formats(fields, place, report)
 

@@ -102,10 +102,9 @@ class _Resolver:
         self.targets = TargetTable(self.groups)
         self.ignore = TargetTable(config.ignore)
         sparsity = config.sparsity_config
-        self.sparsity = None if sparsity is None or sparsity.format is CompressionFormat.DENSE else sparsity.format
-        sparse = sparsity if self.sparsity else None
-        self.sparse = TargetTable(sparse.targets if sparse else ())
-        self.dense = TargetTable(sparse.ignore if sparse else ())
+        self.sparsity = None if sparsity is None else sparsity.format
+        self.sparse = TargetTable(() if sparsity is None else sparsity.targets)
+        self.dense = TargetTable(() if sparsity is None else sparsity.ignore)
         self.assignments: dict[str, Assignment] = {}
         self.ignored: dict[str, str] = {}
         self.errors: list[Problem] = []

@@ -38,7 +38,7 @@ class Named:
                 members[str.__str__(key)] = read
         return frozendict(members)
 
-    def kind_of(self, key: str, value: Any) -> Kind:  # noqa: ARG002  # for those whose members differ
+    def kind_of(self, key: str, value: Any) -> Kind:  # for those whose members differ
         """The kind of one member of the object."""
         return Object(self.model)
 

@@ -10,7 +10,8 @@ import torch
 
 from compressed_format.config import ActivationOrdering, CompressionFormat, QuantizationArgs
 from compressed_format.errors import FormatError, Problem
-from compressed_format.quantization import QuantizedWeight, code_range
+from compressed_format.quantization import QuantizedWeight
+from compressed_format.scales import code_range
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -136,7 +137,7 @@ def decode_g_idx(g_idx: torch.Tensor | None, groups: int, place: str) -> torch.T
     """A stored ``weight_g_idx``, or None where it is absent or unset (-1): columns are then in their groups' order."""
     if g_idx is None or bool((g_idx == -1).any()):
         return None
-    if g_idx.numel() and not (0 <= int(g_idx.min()) and int(g_idx.max()) < groups):
+    if g_idx.numel() and not (int(g_idx.min()) >= 0 and int(g_idx.max()) < groups):
         found = f"{int(g_idx.min())} to {int(g_idx.max())}"
         raise FormatError(
             problems=[Problem(f"{place}.weight_g_idx", f"names groups {found}, expected 0 to {groups - 1}")]

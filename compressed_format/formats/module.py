@@ -9,7 +9,7 @@ from compressed_format.config import CompressionFormat, QuantizationArgs, Quanti
 from compressed_format.errors import Problem, UnsupportedFormatError
 from compressed_format.formats import SPARSITY_FORMATS, format_named
 from compressed_format.formats.base import FLOAT_DTYPES, TensorSpec
-from compressed_format.quantization import code_dtype, zero_point_dtype
+from compressed_format.scales import code_dtype, zero_point_dtype
 
 __all__ = ["check_runnable", "module_tensor_specs"]
 

@@ -23,7 +23,8 @@ from compressed_format.formats.base import (
     g_idx_spec,
     require_args,
 )
-from compressed_format.quantization import QuantizedWeight, code_dtype, scale_shape, zero_point_dtype
+from compressed_format.quantization import QuantizedWeight, scale_shape
+from compressed_format.scales import code_dtype, zero_point_dtype
 
 __all__ = ["NaiveQuantized"]
 

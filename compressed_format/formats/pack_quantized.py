@@ -22,7 +22,8 @@ from compressed_format.formats.base import (
     g_idx_spec,
     require_args,
 )
-from compressed_format.quantization import QuantizedWeight, scale_shape, zero_point_dtype
+from compressed_format.quantization import QuantizedWeight, scale_shape
+from compressed_format.scales import zero_point_dtype
 
 __all__ = ["PackLayout", "PackQuantized", "pack_layout"]
 
@@ -79,9 +80,7 @@ class PackQuantized(Format):
         args = _require_packable(args)
         scales = scale_shape(args, shape)
         specs = {
-            "weight_packed": TensorSpec(
-                (torch.int32,), (*shape[:-1], bitpack.packed_words(shape[-1], args.num_bits))
-            ),
+            "weight_packed": TensorSpec((torch.int32,), (*shape[:-1], bitpack.packed_words(shape[-1], args.num_bits))),
             "weight_scale": TensorSpec(FLOAT_DTYPES, scales),
             "weight_shape": TensorSpec((torch.int64, torch.int32), (len(shape),)),
         }

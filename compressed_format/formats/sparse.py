@@ -14,7 +14,7 @@ from compressed_format.config import CompressionFormat
 from compressed_format.errors import FormatError, Problem
 from compressed_format.formats.base import FLOAT_DTYPES, TensorSpec, check_tensors
 
-__all__ = ["SparseBitmask", "Sparse24Bitmask", "expand_bitmask", "first_dense_quad", "pack_bitmask", "prune_2_of_4"]
+__all__ = ["Sparse24Bitmask", "SparseBitmask", "expand_bitmask", "first_dense_quad", "pack_bitmask", "prune_2_of_4"]
 
 _VALUE_DTYPES = (*FLOAT_DTYPES, torch.int8, torch.float8_e4m3fn)
 

@@ -70,7 +70,9 @@ class CompressedFormatQuantizer(HfQuantizer):  # type: ignore[misc]
             module._is_hf_initialized = True
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        for parameter in (p for m in compressed_modules(model).values() for n, p in m.named_parameters() if n != "bias"):
+        for parameter in (
+            p for m in compressed_modules(model).values() for n, p in m.named_parameters() if n != "bias"
+        ):
             parameter.requires_grad_(False)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:

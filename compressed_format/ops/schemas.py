@@ -114,9 +114,7 @@ def _fake_dequantize(weight: torch.Tensor, scale: Any, zero_point: Any, g_idx: A
     return weight.new_empty((*_rows(weight, bitmask), layout[1]), dtype=dtype)
 
 
-dequantize = _define(
-    "dequantize", f"{_WEIGHT}, {_LAYOUT}", reference.dequantize, _check_dequantize, _fake_dequantize
-)
+dequantize = _define("dequantize", f"{_WEIGHT}, {_LAYOUT}", reference.dequantize, _check_dequantize, _fake_dequantize)
 
 
 # linear --------------------------------------------------------------------------------------------------------------
