@@ -1,4 +1,4 @@
-"""Sub-byte storage: codes of 1 to 8 bits in rows of little-endian int32 words. Plain torch, the definition of the bytes.
+"""Sub-byte storage: codes of 1 to 8 bits in rows of little-endian int32 words; plain torch, defining the bytes.
 
 A code ``q`` of ``b`` bits lies in ``[-2**(b-1), 2**(b-1) - 1]`` and is stored in offset binary, ``q + 2**(b-1)``.
 The *dense* layout (``schema/README.md``, "pack-quantized") views the words of a row as one bit string, least

@@ -16,6 +16,7 @@ from compressed_format.calibrate import calibrate_activations, needs_calibration
 from compressed_format.config import (
     PRESETS,
     Assignment,
+    CompressionFormat,
     QuantizationConfig,
     QuantizationScheme,
     QuantizationStrategy,
@@ -39,6 +40,7 @@ __all__ = ["attach_config", "compress", "compress_module", "config_of", "decompr
 
 _CONFIG_ATTRIBUTE = "compressed_format_config"
 
+Compressible = nn.Linear | nn.Embedding
 ConfigLike = QuantizationConfig | Mapping[str, Any] | str | os.PathLike[str]
 
 
@@ -67,7 +69,11 @@ def compress(
     resolution = resolve_targets(model, config)
     for problem in resolution.warnings:
         warnings.warn(str(problem), CompressedFormatWarning, stacklevel=2)
-    modules = {name: module for name, module in model.named_modules() if name in resolution.assignments}
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if name in resolution.assignments and isinstance(module, Compressible)
+    }
     _check_modules(modules, resolution)
     if config.kv_cache_scheme is not None:
         message = (
@@ -115,13 +121,13 @@ def decompress(model: nn.Module) -> nn.Module:
 
 
 def compress_module(
-    module: nn.Module, assignment: Assignment, activation_scales: Mapping[str, torch.Tensor], place: str
+    module: Compressible, assignment: Assignment, activation_scales: Mapping[str, torch.Tensor], place: str
 ) -> CompressedModule:
     """A compressed module for the Linear or Embedding ``module``. Raises :class:`QuantizationError`."""
     weight = module.weight.detach()
     scheme, sparsity = assignment.scheme, assignment.sparsity
     args = None if scheme is None else scheme.weights
-    if sparsity is not None:
+    if sparsity is CompressionFormat.SPARSE_24_BITMASK:
         weight = prune_2_of_4(weight, place=place)
     if args is None:
         quantized = QuantizedWeight(weight)
@@ -139,7 +145,6 @@ def compress_module(
             tensors, shape, scheme, assignment.format, sparsity=sparsity, bias=module.bias, dtype=weight.dtype
         )
     else:
-        assert isinstance(module, nn.Embedding)
         compressed = CompressedEmbedding(
             tensors,
             shape,
@@ -158,10 +163,12 @@ def read_config(config: ConfigLike) -> QuantizationConfig:
         return config
     if isinstance(config, Mapping):
         return QuantizationConfig.from_dict(config)
-    if not isinstance(config, (str, os.PathLike)):
+    try:
+        path = Path(config)
+    except TypeError as error:
         found = type(config).__name__
-        raise ConfigError(f"a config is a QuantizationConfig, a mapping, a path or a preset's name, not a {found}")
-    path = Path(config)
+        message = f"a config is a QuantizationConfig, a mapping, a path or a preset's name, not a {found}"
+        raise ConfigError(message) from error
     if isinstance(config, str) and config.upper() in PRESETS:
         return QuantizationConfig.preset(config)
     if isinstance(config, str) and not path.suffix and len(path.parts) == 1 and not path.exists():
@@ -180,7 +187,7 @@ def config_of(model: nn.Module) -> QuantizationConfig | None:
     return config if isinstance(config, QuantizationConfig) else None
 
 
-def _check_modules(modules: Mapping[str, nn.Module], resolution: TargetResolution) -> None:
+def _check_modules(modules: Mapping[str, Compressible], resolution: TargetResolution) -> None:
     unsupported: list[Problem] = []
     problems: list[Problem] = []
     misfits: dict[tuple[int, int], list[str]] = defaultdict(list)
@@ -206,7 +213,7 @@ def _check_modules(modules: Mapping[str, nn.Module], resolution: TargetResolutio
         raise QuantizationError(f"{count} of {len(modules)} targeted modules cannot be compressed:", problems)
 
 
-def _unusable(module: nn.Module, assignment: Assignment) -> str | None:
+def _unusable(module: Compressible, assignment: Assignment) -> str | None:
     """Why ``module`` itself cannot be replaced, or None."""
     base = nn.Linear if isinstance(module, nn.Linear) else nn.Embedding
     weight = module.weight
@@ -223,14 +230,26 @@ def _unusable(module: nn.Module, assignment: Assignment) -> str | None:
         return "its weight is on the meta device and holds no data; load the model first"
     if not weight.is_floating_point() or weight.element_size() < 2:
         return f"its weight has dtype {weight.dtype}, expected a float of 16 bits or more"
-    if assignment.sparsity is not None and weight.shape[-1] % 4:
-        return f"2:4 sparsity needs a multiple of 4 input features, found {weight.shape[-1]}"
+    return None if assignment.sparsity is None else _cannot_be_sparse(assignment, assignment.sparsity, weight.shape[-1])
+
+
+def _cannot_be_sparse(assignment: Assignment, sparsity: CompressionFormat, columns: int) -> str | None:
+    args = None if assignment.scheme is None else assignment.scheme.weights
+    if sparsity is CompressionFormat.SPARSE_24_BITMASK and columns % 4:
+        return f"2:4 sparsity needs a multiple of 4 input features, found {columns}"
+    if assignment.format is CompressionFormat.PACK_QUANTIZED:
+        return (
+            f"{sparsity.value} holds int8, float8 or plain values, which pack-quantized has none of; "
+            "use int-quantized, float-quantized or dense with it"
+        )
+    if args is not None and not args.symmetric:
+        return f"{sparsity.value} leaves out values of zero, which asymmetric codes do not keep; use symmetric weights"
     return None
 
 
 def _activation_scales(
     model: nn.Module,
-    modules: Mapping[str, nn.Module],
+    modules: Mapping[str, Compressible],
     resolution: TargetResolution,
     calibration: Iterable[Any] | None,
 ) -> dict[str, dict[str, torch.Tensor]]:
@@ -272,10 +291,10 @@ def _announce_broken_ties(model: nn.Module, ties: Mapping[str, tuple[str, ...]],
             "they are no longer tied, and a checkpoint will hold both"
         )
         warnings.warn(message, CompressedFormatWarning, stacklevel=3)
-        config = getattr(model, "config", None)
-        if getattr(config, "tie_word_embeddings", False):
+        model_config: Any = getattr(model, "config", None)
+        if getattr(model_config, "tie_word_embeddings", False):
             # Otherwise the next from_pretrained would tie them again, and overwrite one with the other.
-            config.tie_word_embeddings = False
+            model_config.tie_word_embeddings = False
 
 
 def _treatment(assignment: Assignment) -> Any:
@@ -297,7 +316,7 @@ def _plain_module(module: CompressedModule, weight: nn.Parameter) -> nn.Module:
     plain: nn.Module
     if isinstance(module, CompressedLinear):
         plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-        plain.bias = module._parameters["bias"]
+        plain._parameters["bias"] = module._parameters["bias"]
     else:
         assert isinstance(module, CompressedEmbedding)
         plain = nn.Embedding(module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx, device="meta")

@@ -124,7 +124,7 @@ class CompressedModule(nn.Module):
                 return moved
             return tensor.to(moved.device)
 
-        super()._apply(keeping_dtype, recurse)
+        super()._apply(keeping_dtype, recurse)  # type: ignore[no-untyped-call]
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=next(iter(self.parameters())).device)).dtype
         return self
 
@@ -151,7 +151,7 @@ class CompressedModule(nn.Module):
         return ", ".join(part for part in (*parts, f"{size:,} bytes") if part)
 
 
-class CompressedLinear(CompressedModule, nn.Linear):
+class CompressedLinear(CompressedModule, nn.Linear):  # type: ignore[override]  # weight is computed
     """``y = x @ weight.T + bias`` from packed tensors: :func:`~compressed_format.compress` makes it of a Linear.
 
     Where the scheme says so, activations are rounded on the way in and out. The bias is trainable.
@@ -186,7 +186,7 @@ class CompressedLinear(CompressedModule, nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={has_bias}, {self._describe()}"
 
 
-class CompressedEmbedding(CompressedModule, nn.Embedding):
+class CompressedEmbedding(CompressedModule, nn.Embedding):  # type: ignore[override]  # weight is computed
     """Rows of a packed table, dequantized as they are looked up."""
 
     def __init__(

@@ -144,6 +144,8 @@ def quantize(
     ratio = to_blocks(weight, rows, columns) / scales_over_blocks(scale, weight.ndim, g_idx)
     if zero_point is not None:
         ratio = ratio + scales_over_blocks(zero_point, weight.ndim, g_idx).to(weight.dtype)
+    elif codes_dtype.is_floating_point:
+        ratio = ratio + 0.0  # the zero point of files that exist, for which -0.0, of pruned weights, is the code 0
     codes = round_to_codes(ratio, *code_range(args), codes_dtype.is_floating_point).to(codes_dtype)
     return QuantizedWeight(from_blocks(codes, weight.shape), scale, zero_point, g_idx=g_idx)
 
@@ -195,15 +197,16 @@ def to_blocks(weight: torch.Tensor, block_rows: int, block_columns: int) -> torc
     if pad_rows or pad_columns:
         weight = torch.nn.functional.pad(weight, (0, pad_columns, 0, pad_rows))
     rows, columns = weight.shape[-2:]
-    return weight.unflatten(-1, (columns // block_columns, block_columns)).unflatten(
-        -3, (rows // block_rows, block_rows)
-    )
+    by_columns: torch.Tensor = weight.unflatten(-1, (columns // block_columns, block_columns))
+    blocks: torch.Tensor = by_columns.unflatten(-3, (rows // block_rows, block_rows))
+    return blocks
 
 
 def from_blocks(blocks: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """The inverse of :func:`to_blocks`: ``[..., O, I]``, with the padding cropped away."""
-    dense = blocks.flatten(-2).flatten(-3, -2)
-    return dense[..., : shape[-2], : shape[-1]].contiguous()
+    dense: torch.Tensor = blocks.flatten(-2).flatten(-3, -2)
+    cropped: torch.Tensor = dense[..., : shape[-2], : shape[-1]]
+    return cropped.contiguous()
 
 
 def scales_over_blocks(values: torch.Tensor, ndim: int, g_idx: torch.Tensor | None = None) -> torch.Tensor:

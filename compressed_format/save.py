@@ -140,7 +140,7 @@ def _files(model: nn.Module, folder: Path | None) -> dict[str, bytes | Path]:
             weights = any(found.name.endswith(suffix) for suffix in _WEIGHT_SUFFIXES)
             if found.is_file() and not hidden and not weights and str(name) != "config.json":
                 files[name.as_posix()] = found
-    generation = getattr(model, "generation_config", None)
+    generation: Any = getattr(model, "generation_config", None)
     if "generation_config.json" not in files and hasattr(generation, "to_json_string"):
         files["generation_config.json"] = generation.to_json_string().encode()
     return files
@@ -149,7 +149,7 @@ def _files(model: nn.Module, folder: Path | None) -> dict[str, bytes | Path]:
 def _config_json(model: nn.Module, folder: Path | None, config: QuantizationConfig) -> bytes:
     """``config.json``: the source's, or else the model's, with ``quantization_config`` put in."""
     content: dict[str, Any] = {}
-    model_config = getattr(model, "config", None)
+    model_config: Any = getattr(model, "config", None)
     source = None if folder is None else folder / "config.json"
     if source is not None and source.is_file():
         try:

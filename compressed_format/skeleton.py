@@ -103,9 +103,8 @@ class Skeleton:
 
     def _swap(self, name: str, assignment: Assignment, stored: Mapping[str, StoredTensor]) -> None:
         module = self.model.get_submodule(name)
-        weight = module.weight
-        assert isinstance(weight, torch.Tensor)
-        shape = (weight.shape[0], weight.shape[1])
+        assert isinstance(module, (nn.Linear, nn.Embedding))  # nothing else is ever assigned
+        shape = (module.weight.shape[0], module.weight.shape[1])
         specs = module_tensor_specs(assignment.scheme, assignment.format, assignment.sparsity, shape)
         tensors = {}
         problems = []
@@ -117,9 +116,9 @@ class Skeleton:
                         Problem(f"{name}.{suffix}", f"is missing from the checkpoint ({assignment.reason})")
                     )
                 continue
-            message = None if tensor.dtype not in DTYPES else _problem(suffix, spec, tensor, assignment, shape)
-            if message is not None:
-                problems.append(Problem(f"{name}.{suffix}", message))
+            found = _problem(suffix, spec, tensor, assignment, shape)
+            if found is not None:
+                problems.append(Problem(f"{name}.{suffix}", found))
             tensors[suffix] = torch.empty(tuple(tensor.shape), dtype=torch_dtype(tensor.dtype), device="meta")
         if problems:
             self._explain(name, assignment, stored, problems)
@@ -175,10 +174,12 @@ class Skeleton:
 
 
 def _compressed(
-    module: nn.Module, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], assignment: Assignment
+    module: nn.Linear | nn.Embedding,
+    tensors: Mapping[str, torch.Tensor],
+    shape: tuple[int, int],
+    assignment: Assignment,
 ) -> CompressedModule:
     dtype = module.weight.dtype
-    assert isinstance(dtype, torch.dtype)
     compressed: CompressedModule
     if isinstance(module, nn.Embedding):
         compressed = CompressedEmbedding(

@@ -52,7 +52,7 @@ SPARSITY_FORMATS: frozendict[CompressionFormat, SparseBitmask | Sparse24Bitmask]
 
 
 def format_named(name: CompressionFormat, place: str = "") -> Format:
-    """The format called ``name``; raises :class:`UnsupportedFormatError`, naming ``place``, for one without an entry."""
+    """The format called ``name``. Raises :class:`UnsupportedFormatError`, naming ``place``, if it has no entry."""
     if name not in FORMATS:
         served = ", ".join(entry.value for entry in FORMATS)
         message = f"the format {name.value} cannot be read or written yet; served are {served}"

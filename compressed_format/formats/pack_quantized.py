@@ -141,11 +141,9 @@ class PackQuantized(Format):
         specs = self.tensor_specs(shape, args)
         bits, columns = args.num_bits, shape[-1]
         unpack = bitpack.unpack_codes
-        packed = tensors.get("weight_packed")
-        if packed is not None and packed.dtype == torch.int32 and packed.ndim == len(shape):
-            if pack_layout(packed, bits, columns, version=version, place=place) is PackLayout.WORD_ALIGNED:
-                unpack = bitpack.unpack_word_aligned_codes
-                specs = self.word_aligned_specs(shape, args)
+        if _is_word_aligned(tensors["weight_packed"], bits, columns, version, place):
+            unpack = bitpack.unpack_word_aligned_codes
+            specs = self.word_aligned_specs(shape, args)
         check_tensors(tensors, specs, place, optional=("weight_g_idx",))
         codes = unpack(tensors["weight_packed"], bits, columns)
         scale = tensors["weight_scale"]
@@ -179,10 +177,15 @@ def stored_shape(tensors: Mapping[str, torch.Tensor], place: str) -> tuple[int, 
     words = packed.shape[-1] if packed.ndim else 0
     # A word holds at most 32 codes, so the last size is bounded by the bytes that are really there.
     if shape[:-1] != tuple(packed.shape[:-1]) or not (words <= shape[-1] <= 32 * words):
-        if not (words == 0 and shape[-1] == 0):
-            message = f"says {list(shape)}, which weight_packed of shape {list(packed.shape)} cannot hold"
-            raise FormatError(problems=[Problem(name, message)])
+        message = f"says {list(shape)}, which weight_packed of shape {list(packed.shape)} cannot hold"
+        raise FormatError(problems=[Problem(name, message)])
     return shape
+
+
+def _is_word_aligned(packed: torch.Tensor, bits: int, columns: int, version: str | None, place: str) -> bool:
+    if packed.dtype != torch.int32:
+        return False  # which the check of the tensors reports
+    return pack_layout(packed, bits, columns, version=version, place=place) is PackLayout.WORD_ALIGNED
 
 
 def _require_packable(args: QuantizationArgs | None) -> QuantizationArgs:
@@ -200,8 +203,10 @@ def _packs_zero_points(args: QuantizationArgs) -> bool:
 
 def _along_rows(pack, values: torch.Tensor, *args: int) -> torch.Tensor:  # type: ignore[no-untyped-def]
     """Pack or unpack along dim -2 instead of the last one."""
-    packed: torch.Tensor = pack(values.transpose(-1, -2).contiguous(), *args)
-    return packed.transpose(-1, -2).contiguous()
+    # Copies, because `contiguous` leaves a dimension of size one the stride it has, and bytes can then not be viewed.
+    rows = values.transpose(-1, -2).clone(memory_format=torch.contiguous_format)
+    packed: torch.Tensor = pack(rows, *args)
+    return packed.transpose(-1, -2).clone(memory_format=torch.contiguous_format)
 
 
 def _release(version: str | None) -> tuple[int, int] | None:

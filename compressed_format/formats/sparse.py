@@ -133,7 +133,9 @@ def first_dense_quad(weight: torch.Tensor) -> tuple[int, int] | None:
 
 def pack_bitmask(mask: torch.Tensor) -> torch.Tensor:
     """Bool ``[..., n]`` to uint8 ``[..., ceil(n/8)]``: bit ``j`` of byte ``k`` is place ``8k + j``."""
-    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    padded: torch.Tensor = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8)).unflatten(
+        -1, (-1, 8)
+    )
     weights = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=mask.device)
     return (padded * weights).sum(dim=-1).to(torch.uint8)
 
@@ -149,7 +151,8 @@ def expand_bitmask(compressed: torch.Tensor, bitmask: torch.Tensor, columns: int
 
 def _unpack_bitmask(bitmask: torch.Tensor, columns: int) -> torch.Tensor:
     bits = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
-    return (bitmask.unsqueeze(-1) >> bits & 1).flatten(-2)[..., :columns].to(torch.bool)
+    mask: torch.Tensor = (bitmask.unsqueeze(-1) >> bits & 1).flatten(-2)[..., :columns]
+    return mask.to(torch.bool)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,14 +7,16 @@ our own, so that no global table of transformers changes its meaning.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compressed_format.checkpoint import read_checkpoint
@@ -30,11 +32,11 @@ _METHOD = "compressed_format"
 
 
 @register_quantization_config(_METHOD)
-class CompressedFormatConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class CompressedFormatConfig(QuantizationConfigMixin):
     """A checkpoint's ``quantization_config``, as transformers carries it; writes itself as compressed-tensors."""
 
     def __init__(self, **content: Any) -> None:
-        self.quant_method = _METHOD
+        self.quant_method = _METHOD  # type: ignore[assignment]  # an enum of transformers' own methods
         self._content = {**content, "quant_method": "compressed-tensors"}
 
     @classmethod
@@ -47,7 +49,7 @@ class CompressedFormatConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 @register_quantizer(_METHOD)
-class CompressedFormatQuantizer(HfQuantizer):  # type: ignore[misc]
+class CompressedFormatQuantizer(HfQuantizer):
     """Swaps compressed modules into the skeleton, before transformers loads tensors into it by name."""
 
     requires_calibration = True
@@ -70,10 +72,9 @@ class CompressedFormatQuantizer(HfQuantizer):  # type: ignore[misc]
             module._is_hf_initialized = True
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        for parameter in (
-            p for m in compressed_modules(model).values() for n, p in m.named_parameters() if n != "bias"
-        ):
-            parameter.requires_grad_(False)
+        for module in compressed_modules(model).values():
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and name == "bias")
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         names = getattr(converter, "target_patterns", None) or []
@@ -96,7 +97,7 @@ class CompressedFormatQuantizer(HfQuantizer):  # type: ignore[misc]
 def load_pretrained(
     path: Path, config: QuantizationConfig, *, dtype: torch.dtype | None, **from_pretrained: Any
 ) -> nn.Module:
-    """Load a Hugging Face folder. ``from_pretrained`` goes to transformers; see :func:`load_compressed` for the rest."""
+    """Load a Hugging Face folder. ``from_pretrained`` goes to transformers; the rest is :func:`load_compressed`'s."""
     trust = {key: from_pretrained[key] for key in ("trust_remote_code",) if key in from_pretrained}
     try:
         model_config = transformers.AutoConfig.from_pretrained(path, **trust)
@@ -105,7 +106,6 @@ def load_pretrained(
         raise CheckpointError(message) from error
     model_config.quantization_config = {**config.to_dict(), "quant_method": _METHOD}
     model_class = _model_class(model_config, from_pretrained)
-    wants_info = from_pretrained.pop("output_loading_info", False)
     with _quiet_report():
         model, info = model_class.from_pretrained(
             path,
@@ -119,20 +119,18 @@ def load_pretrained(
     quantizer = model.hf_quantizer
     skeleton = quantizer.skeleton
     problems = [*skeleton.problems]
-    for key in sorted(set(info["missing_keys"]) - skeleton.explained):
-        problems.append(Problem(key, "is missing from the checkpoint"))
-    for key in sorted(set(info["unexpected_keys"]) - skeleton.explained):
-        problems.append(Problem(key, "is in the checkpoint, but the model has no such tensor"))
-    for key, found, expected in info["mismatched_keys"]:
-        if key not in skeleton.explained:
-            message = f"has shape {list(found)} in the checkpoint, and {list(expected)} in the model"
-            problems.append(Problem(key, message))
+    found = dict.fromkeys(sorted(info["missing_keys"]), "is missing from the checkpoint")
+    found |= dict.fromkeys(sorted(info["unexpected_keys"]), "is in the checkpoint, but the model has no such tensor")
+    for key, stored, expected in info["mismatched_keys"]:
+        found[key] = f"has shape {list(stored)} in the checkpoint, and {list(expected)} in the model"
+    problems += [Problem(key, message) for key, message in found.items() if key not in skeleton.explained]
     problems += [Problem("", message) for message in info.get("error_msgs") or ()]
     if problems:
         raise CheckpointError(f"{path} does not fit the model {model_class.__name__}:", problems)
     skeleton.finish(dtype)
     attach_config(model, skeleton.config)
-    return (model, info) if wants_info else model
+    loaded: nn.Module = model
+    return loaded
 
 
 def checkpoint_names(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -155,7 +153,7 @@ def checkpoint_names(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str,
     return {name: renamed for name, renamed in names.items() if renamed is not None}
 
 
-def _by_model_name(model: nn.Module, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _by_model_name(model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """``stored`` under the names that transformers will give its entries as it loads them."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -182,13 +180,15 @@ def _model_class(config: Any, from_pretrained: Mapping[str, Any]) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-class _quiet_report:
-    """Mutes transformers' own table of keys that do not match; :class:`CheckpointError` tells it, or nothing is wrong."""
-
-    def __enter__(self) -> None:
-        self._logger = logging.getLogger("transformers.modeling_utils")
-        self._level = self._logger.level
-        self._logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._logger.setLevel(self._level)
+@contextmanager
+def _quiet_report() -> Iterator[None]:
+    """Mutes transformers' own table of keys that do not match: :class:`CheckpointError` tells all of them."""
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "distributed.tensor_parallel")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
