@@ -8,6 +8,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from compressed_format.config import CompressionFormat, QuantizationArgs, QuantizationConfig, QuantizationScheme
+from compressed_format.errors import UnsupportedFormatError
+from compressed_format.formats import FORMATS, SPARSITY_FORMATS, format_named
+from compressed_format.formats.module import module_tensor_specs
+from compressed_format.quantization import QuantizedWeight, dequantize, quantize
 from tests.checks import (
     GOLDEN,
     assert_same_bits,
@@ -17,12 +23,6 @@ from tests.checks import (
     golden_tensors,
     golden_weight,
 )
-
-from compressed_format.config import CompressionFormat, QuantizationArgs, QuantizationConfig, QuantizationScheme
-from compressed_format.errors import UnsupportedFormatError
-from compressed_format.formats import FORMATS, SPARSITY_FORMATS, format_named
-from compressed_format.formats.module import module_tensor_specs
-from compressed_format.quantization import QuantizedWeight, dequantize, quantize
 
 CURRENT = "v0.20.0"
 WORD_ALIGNED = "v0.17.1_wordaligned"
@@ -118,9 +118,12 @@ def test_decodes_to_the_values_of_the_release(case: dict[str, Any]) -> None:
         # The release writes this case and cannot read it: what it means is computed by hand.
         rows, columns = args.block_structure or (1, args.group_size)
         scale, zero_point = (
-            values.repeat_interleave(rows, dim=0).repeat_interleave(columns, dim=1)[: weight.shape[0], : weight.shape[1]]
-            for values in (decoded.scale, torch.zeros_like(decoded.scale) if args.symmetric else decoded.zero_point)
+            torch.zeros(())
+            if values is None
+            else values.repeat_interleave(rows, dim=0).repeat_interleave(columns, dim=1)
+            for values in (decoded.scale, decoded.zero_point)
         )
+        scale = scale[: weight.shape[0], : weight.shape[1]]
         expected = (decoded.codes.to(scale.dtype) - zero_point.to(scale.dtype)) * scale
     else:
         expected = _decompressed(case)
