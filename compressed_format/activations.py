@@ -58,7 +58,7 @@ def fake_quantize_activations(
     ``input``.
     """
     if input.numel() == 0:
-        return input.clone()
+        return input.clone(memory_format=torch.contiguous_format)
     lowest, highest = (-_FLOAT8_LARGEST, _FLOAT8_LARGEST) if is_float else (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
     values = input.unflatten(-1, (-1, group_size)) if group_size > 0 else input
     if scale is None:
@@ -78,4 +78,4 @@ def fake_quantize_activations(
     codes = round_to_codes(ratio, lowest, highest, is_float).to(scale.dtype)
     if zero_point is not None:
         codes = codes - zero_point.to(scale.dtype)
-    return (codes * scale).reshape(input.shape).to(input.dtype)
+    return (codes * scale).reshape(input.shape).to(input.dtype).contiguous()

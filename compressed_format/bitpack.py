@@ -101,6 +101,7 @@ def _pack_bytes(codes: torch.Tensor, bits: int, words: int) -> torch.Tensor:
 def _unpack_bytes(packed: torch.Tensor, bits: int, size: int) -> torch.Tensor:
     """:func:`unpack_codes` for widths that divide a byte."""
     # Flat, because a dimension of size one may have any stride, and a view as bytes wants the last one to be 1.
+    packed = packed.clone(memory_format=torch.contiguous_format) if packed.numel() == 1 else packed
     stored = packed.reshape(-1).view(torch.uint8).reshape(*packed.shape[:-1], packed.shape[-1] * 4)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     codes = stored.unsqueeze(-1) >> shifts

@@ -16,7 +16,14 @@ import torch
 
 from compressed_format.config import QuantizationArgs, QuantizationStrategy
 from compressed_format.errors import Problem, QuantizationError, UnsupportedFormatError
-from compressed_format.scales import code_dtype, code_range, compute_scale, least_error_range, round_to_codes
+from compressed_format.scales import (
+    code_dtype,
+    code_range,
+    compute_scale,
+    least_error_range,
+    round_to_codes,
+    zero_point_dtype,
+)
 
 __all__ = [
     "QuantizedWeight",
@@ -85,7 +92,7 @@ def scale_shape(args: QuantizationArgs, shape: torch.Size | tuple[int, ...]) -> 
     if args.strategy is QuantizationStrategy.TENSOR:
         return (1,)
     block_rows, block_columns = block_shape(args, shape)
-    return (*shape[:-2], -(-shape[-2] // block_rows), -(-shape[-1] // block_columns))
+    return (*shape[:-2], -(-shape[-2] // max(block_rows, 1)), -(-shape[-1] // max(block_columns, 1)))
 
 
 def weight_scales(
@@ -96,11 +103,17 @@ def weight_scales(
     With the observer ``mse``, from the range of :func:`~compressed_format.scales.least_error_range` instead, whose
     options are its ``observer_kwargs``. A weight is seen once, so the other observers do not differ.
 
-    Raises :class:`QuantizationError` if the weight holds NaN or infinity, or if ``group_size`` does not divide ``I``.
+    Raises :class:`QuantizationError` if the weight holds NaN or infinity, spans more than its dtype can hold, or is
+    empty, if ``group_size`` does not divide ``I``, and if ``g_idx`` gives a group another number of columns.
     """
     if weight.dtype not in _SCALE_DTYPES:
         weight = weight.to(torch.float16)
-    _check_group_size(weight.shape, args, place)
+    _check_shape(weight.shape, args, place)
+    if g_idx is not None and args.group_size:
+        columns = torch.bincount(g_idx, minlength=weight.shape[-1] // args.group_size)
+        if (columns != args.group_size).any():
+            message = f"g_idx gives its groups {columns.tolist()} columns, expected {args.group_size} each"
+            raise QuantizationError(problems=[Problem(place, message)])
     if args.strategy is QuantizationStrategy.TENSOR:
         minimum, maximum = (bound.reshape(1) for bound in _range(weight, tuple(range(weight.ndim)), args, place))
     else:
@@ -109,7 +122,11 @@ def weight_scales(
         minimum, maximum = (bound.squeeze(-1).squeeze(-2) for bound in _range(blocks, (-3, -1), args, place))
     if not (torch.isfinite(minimum).all() and torch.isfinite(maximum).all()):
         raise _not_finite(weight, place)
-    return compute_scale(minimum, maximum, args)
+    scale, zero_point = compute_scale(minimum, maximum, args)
+    if not torch.isfinite(scale).all():
+        message = f"spans {minimum.min().item():g} to {maximum.max().item():g}, a range that {weight.dtype} cannot hold"
+        raise QuantizationError(problems=[Problem(place, message)])
+    return scale, zero_point
 
 
 def quantize(
@@ -128,12 +145,14 @@ def quantize(
     weight in errors. Codes are ``round(clamp(weight / scale + zero_point))``, ties to even.
 
     Raises :class:`QuantizationError` for NaN or infinity, for a ``group_size`` that does not divide ``I``, and for
-    scales or zero points of the wrong shape; :class:`UnsupportedFormatError` for number formats without a decoder.
+    scales, zero points or groups that do not fit; :class:`UnsupportedFormatError` for number formats without a decoder.
     """
     codes_dtype = code_dtype(args, place)
-    _check_group_size(weight.shape, args, place)
+    _check_shape(weight.shape, args, place)
     if args.strategy is not QuantizationStrategy.GROUP:
         g_idx = None
+    if g_idx is not None:
+        _check_groups(g_idx, weight.shape, args, place)
     if scale is None:
         scale, zero_point = weight_scales(weight, args, g_idx=g_idx, place=place)
     else:
@@ -230,7 +249,7 @@ def _range(
         raise QuantizationError(problems=[Problem(place, message)])
     try:
         return least_error_range(values, dim, args, **args.observer_kwargs)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise QuantizationError(problems=[Problem(place, f"observer {args.observer}: {error}")]) from error
 
 
@@ -238,9 +257,22 @@ def _block_shape_of(args: QuantizationArgs, shape: torch.Size, g_idx: torch.Tens
     return (1, 1) if g_idx is not None else block_shape(args, shape)
 
 
-def _check_group_size(shape: torch.Size, args: QuantizationArgs, place: str) -> None:
+def _check_shape(shape: torch.Size, args: QuantizationArgs, place: str) -> None:
+    if len(shape) < 2 or shape.numel() == 0:
+        message = f"has shape {list(shape)}; only matrices, or stacks of them, that hold values can be quantized"
+        raise QuantizationError(problems=[Problem(place, message)])
     if args.strategy is QuantizationStrategy.GROUP and args.group_size and shape[-1] % args.group_size:
         raise QuantizationError(problems=[Problem(place, group_size_problem(shape[-1], args.group_size))])
+
+
+def _check_groups(g_idx: torch.Tensor, shape: torch.Size, args: QuantizationArgs, place: str) -> None:
+    if g_idx.dtype != torch.int32 or tuple(g_idx.shape) != (shape[-1],):
+        message = f"g_idx must be int32 [{shape[-1]}], not {g_idx.dtype} {list(g_idx.shape)}"
+        raise QuantizationError(problems=[Problem(place, message)])
+    groups, (least, largest) = scale_shape(args, shape)[-1], torch.aminmax(g_idx)
+    if least < 0 or largest >= groups:
+        message = f"g_idx names groups {int(least)} to {int(largest)}, expected 0 to {groups - 1}"
+        raise QuantizationError(problems=[Problem(place, message)])
 
 
 def group_size_problem(columns: int, group_size: int) -> str:
@@ -264,13 +296,16 @@ def _check_given_scales(
     expected = scale_shape(args, weight.shape)
     if tuple(scale.shape) != expected:
         problems.append(Problem(place, f"the scale has shape {list(scale.shape)}, expected {list(expected)}"))
-    if not torch.isfinite(scale).all():
-        problems.append(Problem(place, "the scale holds NaN or infinity"))
+    if not torch.isfinite(scale).all() or (scale == 0).any():
+        problems.append(Problem(place, "the scale holds NaN, infinity or zero"))
     if args.symmetric and zero_point is not None:
         problems.append(Problem(place, "a zero point was given, but the scheme is symmetric"))
     if not args.symmetric and (zero_point is None or tuple(zero_point.shape) != expected):
         found = "none" if zero_point is None else f"one of shape {list(zero_point.shape)}"
         problems.append(Problem(place, f"needs a zero point of shape {list(expected)}, found {found}"))
+    elif zero_point is not None and not args.symmetric and zero_point.dtype != zero_point_dtype(args):
+        message = f"needs a zero point of dtype {zero_point_dtype(args)}, found {zero_point.dtype}"
+        problems.append(Problem(place, message))
     if problems:
         raise QuantizationError(problems=problems)
 

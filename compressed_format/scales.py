@@ -13,6 +13,7 @@ from compressed_format.dtypes import DTYPES, torch_dtype
 from compressed_format.errors import Problem, UnsupportedFormatError
 
 __all__ = [
+    "check_shrinking",
     "code_dtype",
     "code_range",
     "compute_scale",
@@ -91,7 +92,8 @@ def scale_of_range(
     ratio = minimum / scale
     # The peer's `lowest` is a float32 scalar tensor, which decides the dtype of the difference where the range is a
     # scalar too: dynamic quantization of a whole tensor.
-    raw = (lowest - (ratio.to(torch.float32) if ratio.ndim == 0 else ratio)).clamp(lowest, highest)
+    wide = torch.promote_types(ratio.dtype, torch.float32) if ratio.ndim == 0 else ratio.dtype
+    raw = (lowest - ratio.to(wide)).clamp(lowest, highest)
     # An all-zero row has divided by zero here. Its zero point is undefined in the peer (NaN cast to an integer, which
     # is 0 on x86), and 0 is what files hold.
     raw = raw.nan_to_num(0.0)
@@ -113,6 +115,7 @@ def least_error_range(
     Smallest and largest value shrink together, in ``grid`` equal steps down to ``1 - maxshrink`` of them:
     clipping a few extremes can pay for finer steps everywhere else. The ranges keep the reduced dimensions.
     """
+    check_shrinking(maxshrink, grid, norm)
     minimum, maximum = values.amin(dim, keepdim=True), values.amax(dim, keepdim=True)
     least = torch.full(minimum.shape, torch.inf, device=values.device)
     best = minimum, maximum
@@ -128,6 +131,13 @@ def least_error_range(
         least = torch.where(better, error, least)
         best = torch.where(better, shrunk[0], best[0]), torch.where(better, shrunk[1], best[1])
     return best
+
+
+def check_shrinking(maxshrink: float, grid: int, norm: float) -> None:
+    """Raise :class:`ValueError` for options that :func:`least_error_range` cannot take."""
+    if not (0 < maxshrink < 1 and isinstance(grid, int) and grid >= 1 and norm > 0):
+        found = f"{maxshrink}, {grid} and {norm}"
+        raise ValueError(f"maxshrink must lie in (0, 1), grid be a positive integer and norm be positive, not {found}")
 
 
 def _at_least_1d(values: torch.Tensor) -> torch.Tensor:

@@ -36,16 +36,18 @@ def calibrate_activations(
     observers: dict[str, dict[str, Observer]] = {}
     handles = []
     problems: list[Problem] = []
-    for name, (module, scheme) in modules.items():
+    for name, (_, scheme) in modules.items():
         found = observers.setdefault(name, {})
         for end, args in (("input", scheme.input_activations), ("output", scheme.output_activations)):
             if args is not None and not args.dynamic:
                 found[end] = observer_for(args, name)
-        handles.append(module.register_forward_hook(_watch(name, found, problems), with_kwargs=True))
-    was_training = model.training
-    model.eval()
+    training = [module for module in model.modules() if module.training]
     batches = 0
     try:
+        for name, (module, _) in modules.items():
+            hook = _watch(name, observers[name], problems)
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        model.eval()
         with torch.no_grad():
             for batch in calibration:
                 _call(model, batch)
@@ -53,12 +55,16 @@ def calibrate_activations(
     finally:
         for handle in handles:
             handle.remove()
-        model.train(was_training)
+        for module in training:
+            module.training = True
     if batches == 0:
         raise CalibrationError("calibration yielded no input; static activation scales need at least one")
     scales: dict[str, dict[str, torch.Tensor]] = {}
+    failed = {problem.place for problem in problems}
     for name, found in observers.items():
         for end, observer in found.items():
+            if f"{name} {end}" in failed:
+                continue
             try:
                 scale, zero_point = observer.scale()
             except CalibrationError as error:
@@ -69,7 +75,7 @@ def calibrate_activations(
                 scales[name][f"{end}_zero_point"] = zero_point
     if problems:
         unique = dict.fromkeys(problems)
-        raise CalibrationError(f"static activation scales of {len(unique)} modules could not be found:", unique)
+        raise CalibrationError("static activation scales could not be found:", unique)
     return scales
 
 

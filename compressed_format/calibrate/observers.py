@@ -14,7 +14,7 @@ from frozendict import frozendict
 from compressed_format.activations import WHOLE_TENSOR, activation_group_size
 from compressed_format.config import QuantizationArgs
 from compressed_format.errors import CalibrationError, Problem
-from compressed_format.scales import compute_scale, least_error_range
+from compressed_format.scales import check_shrinking, compute_scale, least_error_range
 
 __all__ = ["OBSERVERS", "Observer", "observer_for"]
 
@@ -41,6 +41,9 @@ class Observer(ABC):
             raise CalibrationError("the calibration data leads to NaN or infinity")
         if self.group_size == WHOLE_TENSOR:
             rows = values.reshape(1, -1)
+        elif values.shape[-1] % self.group_size:
+            message = f"its group_size {self.group_size} does not divide the {values.shape[-1]} values of a token"
+            raise CalibrationError(message)
         else:
             rows = values.reshape(-1, values.shape[-1] // self.group_size, self.group_size)
             rows = rows.transpose(0, 1).flatten(1)
@@ -96,9 +99,7 @@ class MeanSquaredError(MovingAverageMinMax):
         norm: float = 2.4,
     ) -> None:
         super().__init__(args, momentum)
-        if not 0 < maxshrink < 1 or grid < 1 or norm <= 0:
-            found = f"{maxshrink}, {grid} and {norm}"
-            raise ValueError(f"maxshrink must lie in (0, 1), grid and norm must be positive, not {found}")
+        check_shrinking(maxshrink, grid, norm)
         self.maxshrink, self.grid, self.norm = maxshrink, grid, norm
 
     def _accumulate(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,6 +20,7 @@ __all__ = [
     "check_codes",
     "check_scales",
     "check_tensors",
+    "check_zero_point",
     "decode_g_idx",
     "g_idx_spec",
     "require_args",
@@ -111,6 +112,12 @@ def check_codes(codes: torch.Tensor, args: QuantizationArgs, place: str) -> None
         raise FormatError(problems=[Problem(place, f"holds the code {value:g} at index {index}, expected {allowed}")])
 
 
+def check_zero_point(quantized: QuantizedWeight, args: QuantizationArgs, place: str) -> None:
+    """Raise :class:`FormatError` for a zero point that symmetric ``args`` have no tensor for."""
+    if quantized.zero_point is not None and args.symmetric:
+        raise FormatError(problems=[Problem(f"{place}.weight_zero_point", "was given, but the scheme is symmetric")])
+
+
 def check_scales(scale: torch.Tensor, place: str) -> None:
     """Raise :class:`FormatError` for a scale that is NaN or infinite."""
     if not torch.isfinite(scale).all():
@@ -133,9 +140,12 @@ def g_idx_spec(shape: tuple[int, ...], args: QuantizationArgs) -> dict[str, Tens
     return {"weight_g_idx": TensorSpec((torch.int32,), (shape[-1],))}
 
 
-def decode_g_idx(g_idx: torch.Tensor | None, groups: int, place: str) -> torch.Tensor | None:
+def decode_g_idx(g_idx: torch.Tensor | None, columns: int, groups: int, place: str) -> torch.Tensor | None:
     """A stored ``weight_g_idx``, or None where it is absent or unset (-1): columns are then in their groups' order."""
-    if g_idx is None or bool((g_idx == -1).any()):
+    if g_idx is None:
+        return None
+    check_tensors({"weight_g_idx": g_idx}, {"weight_g_idx": TensorSpec((torch.int32,), (columns,))}, place)
+    if bool((g_idx == -1).any()):
         return None
     if g_idx.numel() and not (int(g_idx.min()) >= 0 and int(g_idx.max()) < groups):
         found = f"{int(g_idx.min())} to {int(g_idx.max())}"

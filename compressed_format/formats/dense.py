@@ -30,7 +30,7 @@ class Dense(Format):
         self, tensors: Mapping[str, torch.Tensor], args: QuantizationArgs | None, *, place: str = ""
     ) -> QuantizedWeight:
         shape: tuple[int | None, ...] = (None, None)
-        if "weight" in tensors:
+        if "weight" in tensors and tensors["weight"].ndim > 2:
             shape = tuple(tensors["weight"].shape)
         check_tensors(tensors, {"weight": TensorSpec(FLOAT_DTYPES, shape)}, place)
         return QuantizedWeight(tensors["weight"])

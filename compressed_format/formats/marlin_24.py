@@ -53,12 +53,18 @@ class Marlin24(Format):
             found = "is missing" if packed is None else f"has dtype {packed.dtype} and shape {list(packed.shape)}"
             raise FormatError(problems=[Problem(f"{place}.weight_packed", f"{found}, expected an int32 matrix")])
         rows, columns = packed.shape[1] * 2 // args.num_bits, packed.shape[0] * 32
-        if rows % 64 or (rows * columns // 2) % _RUN:
+        if rows % 64 or (rows * columns // 2) % _RUN or packed.numel() == 0:
             message = f"has shape {list(packed.shape)}, whose {rows} x {columns} weight marlin-24 cannot tile"
             raise FormatError(problems=[Problem(f"{place}.weight_packed", message)])
         check_tensors(tensors, self.tensor_specs((rows, columns), args), place)
         values = _untile(packed, args.num_bits, columns // 2, rows)
-        codes = _scatter(values.T, _column_indices(tensors["meta"], rows, columns), columns)
+        indices = _column_indices(tensors["meta"], rows, columns)
+        twice = (indices[:, ::2] == indices[:, 1::2]).nonzero()
+        if len(twice):
+            row, quad = twice[0].tolist()
+            message = f"puts both values of row {row}, columns {quad * 4} to {quad * 4 + 3}, into the same column"
+            raise FormatError(problems=[Problem(f"{place}.meta", message)])
+        codes = _scatter(values.T, indices, columns)
         scale = _unshuffle_scales(tensors["scale_packed"], args, columns // 2)
         check_scales(scale, f"{place}.scale_packed")
         return QuantizedWeight(codes, scale)

@@ -19,6 +19,7 @@ from compressed_format.formats.base import (
     check_codes,
     check_scales,
     check_tensors,
+    check_zero_point,
     decode_g_idx,
     g_idx_spec,
     require_args,
@@ -50,6 +51,7 @@ class NaiveQuantized(Format):
         self, quantized: QuantizedWeight, args: QuantizationArgs | None, *, place: str = ""
     ) -> dict[str, torch.Tensor]:
         args = require_args(args, self.name)
+        check_zero_point(quantized, args, place)
         tensors = {"weight": quantized.codes}
         if quantized.scale is not None:
             tensors["weight_scale"] = quantized.scale
@@ -66,6 +68,10 @@ class NaiveQuantized(Format):
         args = require_args(args, self.name)
         if "weight" not in tensors:
             raise FormatError(problems=[Problem(f"{place}.weight", f"is missing; found {', '.join(sorted(tensors))}")])
+        if tensors["weight"].ndim < 2:
+            message = f"has shape {list(tensors['weight'].shape)}, expected a matrix or a stack of them"
+            raise FormatError(problems=[Problem(f"{place}.weight", message)])
+        columns = tensors["weight"].shape[-1]
         specs = self.tensor_specs(tuple(tensors["weight"].shape), args)
         check_tensors(tensors, specs, place, optional=("weight_g_idx",))
         check_codes(tensors["weight"], args, f"{place}.weight")
@@ -74,5 +80,5 @@ class NaiveQuantized(Format):
             tensors["weight"],
             tensors["weight_scale"],
             None if args.symmetric else tensors["weight_zero_point"],
-            g_idx=decode_g_idx(tensors.get("weight_g_idx"), tensors["weight_scale"].shape[-1], place),
+            g_idx=decode_g_idx(tensors.get("weight_g_idx"), columns, tensors["weight_scale"].shape[-1], place),
         )

@@ -18,6 +18,7 @@ from compressed_format.formats.base import (
     check_codes,
     check_scales,
     check_tensors,
+    check_zero_point,
     decode_g_idx,
     g_idx_spec,
     require_args,
@@ -108,6 +109,8 @@ class PackQuantized(Format):
     ) -> dict[str, torch.Tensor]:
         args = _require_packable(args)
         codes, scale, zero_point = quantized.codes, quantized.scale, quantized.zero_point
+        check_tensors({"weight": codes}, {"weight": TensorSpec((torch.int8,), (*codes.shape,))}, place)
+        check_zero_point(quantized, args, place)
         check_codes(codes, args, f"{place}.weight")
         if scale is None:
             raise FormatError(problems=[Problem(f"{place}.weight_scale", "is missing")])
@@ -125,6 +128,7 @@ class PackQuantized(Format):
             tensors["weight_g_idx"] = quantized.g_idx
         check_tensors(tensors, self.tensor_specs(tuple(codes.shape), args), place, optional=("weight_g_idx",))
         check_scales(scale, f"{place}.weight_scale")
+        decode_g_idx(quantized.g_idx, codes.shape[-1], scale.shape[-1], place)
         return tensors
 
     def decode(
@@ -153,7 +157,7 @@ class PackQuantized(Format):
             zero_point = _along_rows(unpack, zero_point, bits, scale.shape[-2])
         elif zero_point is not None:
             check_codes(zero_point, args, f"{place}.weight_zero_point")
-        g_idx = decode_g_idx(tensors.get("weight_g_idx"), scale.shape[-1], place)
+        g_idx = decode_g_idx(tensors.get("weight_g_idx"), columns, scale.shape[-1], place)
         return QuantizedWeight(codes, scale, zero_point, g_idx=g_idx)
 
 
@@ -174,7 +178,10 @@ def stored_shape(tensors: Mapping[str, torch.Tensor], place: str) -> tuple[int, 
             problems=[Problem(name, f"must be {packed.ndim} int64 values, found {stored.dtype} {list(stored.shape)}")]
         )
     shape = tuple(int(size) for size in stored.tolist())
-    words = packed.shape[-1] if packed.ndim else 0
+    if packed.ndim < 2:
+        message = f"has shape {list(packed.shape)}, expected a matrix or a stack of them"
+        raise FormatError(problems=[Problem(f"{place}.weight_packed", message)])
+    words = packed.shape[-1]
     # A word holds at most 32 codes, so the last size is bounded by the bytes that are really there.
     if shape[:-1] != tuple(packed.shape[:-1]) or not (words <= shape[-1] <= 32 * words):
         message = f"says {list(shape)}, which weight_packed of shape {list(packed.shape)} cannot hold"

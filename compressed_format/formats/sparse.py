@@ -192,6 +192,8 @@ def _stored_shape(tensors: Mapping[str, torch.Tensor], place: str, expected: tup
         found = "is missing" if shape is None else f"has dtype {shape.dtype} and shape {list(shape.shape)}"
         raise FormatError(problems=[Problem(f"{place}.shape", f"{found}, expected int64 {list(expected)}")])
     rows, columns = (int(size) for size in shape.flatten().tolist())
+    if rows < 0 or columns < 0:
+        raise FormatError(problems=[Problem(f"{place}.shape", f"says [{rows}, {columns}], which no weight has")])
     return rows, columns
 
 

@@ -31,7 +31,8 @@ def dequantize(
     """The dense weight ``[..., O, columns]``, in the dtype of ``scale`` (of ``weight``, where there is none)."""
     codes = _codes(weight, bitmask, bits, columns)
     if scale is None:
-        return codes
+        # An op must not return its own argument.
+        return codes.clone(memory_format=torch.contiguous_format) if codes is weight else codes
     zero_points = _zero_points(zero_point, scale, bits)
     return dequantize_blocks(codes, scale, zero_points, g_idx, block_rows, block_columns)
 
@@ -70,9 +71,9 @@ def embedding(
     rows = indices.reshape(-1)
     if bitmask is not None:
         # The values of a row are found through the bits of all rows before it.
-        codes = expand_bitmask(weight, bitmask, columns)[rows]
+        codes = expand_bitmask(weight, bitmask, columns).index_select(0, rows)
     else:
-        codes = _codes(weight[rows], None, bits, columns)
+        codes = _codes(weight.index_select(0, rows), None, bits, columns)
     if scale is not None:
         zero_points = _of_rows(_zero_points(zero_point, scale, bits), rows // block_rows)
         scales = scale if scale.numel() == 1 else scale[rows // block_rows]

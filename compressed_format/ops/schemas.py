@@ -71,7 +71,11 @@ def _check_weight(
         fail("block_rows and block_columns", f"must be positive, not {block_rows} and {block_columns}")
     if scale is None and (packed or weight.dtype in (torch.int8, torch.float8_e4m3fn)):
         fail("scale", "is missing; only a weight of plain values goes without")
+    if columns < 0:
+        fail("columns", f"must not be negative, not {columns}")
     if bitmask is not None:
+        if packed:
+            fail("bitmask", "goes with int8 or float8_e4m3fn codes or plain values, not with packed words")
         if bitmask.dtype != torch.uint8 or bitmask.ndim != 2 or bitmask.shape[1] != -(-columns // 8):
             fail("bitmask", f"must be uint8 [rows, {-(-columns // 8)}], not {bitmask.dtype} {list(bitmask.shape)}")
         rows = bitmask.shape[:1]
@@ -88,10 +92,12 @@ def _check_weight(
     if tuple(scale.shape) not in (expected, (1,)):
         fail("scale", f"must have shape {list(expected)}, or [1] for the whole weight, not {list(scale.shape)}")
     if zero_point is not None:
-        if zero_point.dtype == torch.int32:
-            expected = (*expected[:-2], bitpack.packed_words(expected[-2], bits), expected[-1])
-        elif scale.shape == (1,):
+        if tuple(scale.shape) == (1,):
             expected = (1,)
+            if zero_point.dtype == torch.int32:
+                fail("zero_point", "must not be packed where the whole weight has one")
+        elif zero_point.dtype == torch.int32:
+            expected = (*expected[:-2], bitpack.packed_words(expected[-2], bits), expected[-1])
         if tuple(zero_point.shape) != expected:
             fail("zero_point", f"must have shape {list(expected)}, not {list(zero_point.shape)}")
     if g_idx is not None and (g_idx.dtype != torch.int32 or tuple(g_idx.shape) != (columns,)):
