@@ -29,7 +29,7 @@ def code_dtype(args: QuantizationArgs, place: str = "") -> torch.dtype:
 
     Raises :class:`UnsupportedFormatError` for float 4 and 6 (NVFP4 and MX formats).
     """
-    if args.type is QuantizationType.INT and 1 <= args.num_bits <= 8:
+    if args.type is QuantizationType.INT and 1 <= args.num_bits <= 8 and args.scale_dtype is None:
         return torch.int8
     if args.type is QuantizationType.FLOAT and args.num_bits == 8 and args.scale_dtype is None:
         return torch.float8_e4m3fn
@@ -133,7 +133,7 @@ def least_error_range(
     return best
 
 
-def check_shrinking(maxshrink: float, grid: int, norm: float) -> None:
+def check_shrinking(maxshrink: float, grid: float, norm: float) -> None:
     """Raise :class:`ValueError` for options that :func:`least_error_range` cannot take."""
     if not (0 < maxshrink < 1 and isinstance(grid, int) and grid >= 1 and norm > 0):
         found = f"{maxshrink}, {grid} and {norm}"

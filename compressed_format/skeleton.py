@@ -82,7 +82,7 @@ class Skeleton:
     def finish(self, dtype: torch.dtype | None = None) -> None:
         """Check what only the values tell, and re-encode layouts that are read but not run. Call it once, last."""
         problems: list[Problem] = []
-        re_encoded = {"word-aligned": 0, "marlin-24": 0}
+        re_encoded = {"word-aligned": 0, "unpacked zero-point": 0, "marlin-24": 0}
         for name, module in self._modules.items():
             if dtype is not None:
                 module.dtype = dtype
@@ -207,8 +207,9 @@ def _problem(
     packed = assignment.format is CompressionFormat.PACK_QUANTIZED and suffix in ("weight_packed", "weight_zero_point")
     if message is None or not packed or scheme is None or scheme.weights is None:
         return message
-    aligned = PackQuantized.word_aligned_specs(shape, scheme.weights)[suffix]
-    return message if aligned.problem(torch_dtype(tensor.dtype), tuple(tensor.shape)) else None
+    older = PackQuantized.legacy_specs(shape, scheme.weights)[suffix]
+    fits_older = any(spec.problem(torch_dtype(tensor.dtype), tuple(tensor.shape)) is None for spec in older)
+    return None if fits_older else message
 
 
 def _modernize(name: str, module: CompressedModule, version: str | None) -> str | None:
@@ -227,11 +228,15 @@ def _modernize(name: str, module: CompressedModule, version: str | None) -> str 
             raise FormatError(problems=[Problem(f"{name}.weight_shape", message)])
         packed, columns = tensors["weight_packed"], module._weight_shape[1]
         layout = pack_layout(packed, args.num_bits, columns, version=version, place=name)
-        if layout is PackLayout.DENSE:
+        zero_point = tensors.get("weight_zero_point")
+        unpacked = zero_point is not None and zero_point.dtype == torch.int8 and PackQuantized.packs_zero_points(args)
+        if layout is PackLayout.DENSE and not unpacked:
             return None
-        quantized = PackQuantized().decode(tensors, args, place=name, version=version)
+        quantized = PackQuantized().decode(tensors, args, place=name, layout=layout)
     module.replace_weight(_encode_packed(quantized, module.scheme, name), CompressionFormat.PACK_QUANTIZED)
-    return "marlin-24" if marlin else "word-aligned"
+    if marlin:
+        return "marlin-24"
+    return "word-aligned" if layout is PackLayout.WORD_ALIGNED else "unpacked zero-point"
 
 
 def _encode_packed(

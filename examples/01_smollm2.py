@@ -19,11 +19,11 @@ import time
 from pathlib import Path
 
 CONFIG = Path(__file__).parents[1] / "schema" / "examples" / "w4a16-g64.json"
+TEXT = Path(__file__).with_name("lighthouse.txt")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FACT_PROMPT, FACT = "What is the capital of France?", "Paris"
 PROMPTS = (FACT_PROMPT, "Name three colours of the rainbow.")
 NEW_TOKENS = 24
-TEXT_TOKENS = 1024
 LARGEST_PERPLEXITY_RATIO = 1.5
 
 
@@ -110,7 +110,7 @@ def evaluate(name: str, folder: Path) -> None:
                 **chat, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id
             )
         answers[prompt] = tokenizer.decode(output[0, chat["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    ids = tokenizer(text(), return_tensors="pt")["input_ids"][:, :TEXT_TOKENS]
+    ids = tokenizer(TEXT.read_text(), return_tensors="pt")["input_ids"]
     with torch.no_grad():
         loss = model(input_ids=ids, labels=ids).loss.item()
     result = {
@@ -121,13 +121,6 @@ def evaluate(name: str, folder: Path) -> None:
         "load seconds": load_seconds,
     }
     print(json.dumps(result))
-
-
-def text() -> str:
-    """English prose that every Python has: the chapters on names and objects of its reference manual."""
-    from pydoc_data.topics import topics
-
-    return "\n".join(topics[name] for name in ("naming", "objects", "import"))
 
 
 def in_fresh_process(name: str, folder: Path) -> dict:

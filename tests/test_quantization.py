@@ -152,7 +152,7 @@ def weights(draw: st.DrawFn, args: QuantizationArgs, leading: tuple[int, ...] = 
     if args.group_size:
         columns = args.group_size * draw(st.integers(1, 5))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    weight = torch.randn(*leading, rows, columns, generator=generator) * 10.0 ** draw(st.integers(-5, 3))
+    weight = torch.randn(*leading, rows, columns, generator=generator) * 10.0 ** draw(st.integers(-5, 2))
     kind = draw(st.sampled_from(["plain", "zeros", "pruned", "one-sided", "outlier"]))
     if kind == "zeros":
         weight[..., torch.rand(rows, generator=generator) < 0.5, :] = 0
@@ -204,10 +204,10 @@ def peer_decompress(format: CompressionFormat, tensors: dict[str, torch.Tensor],
     try:
         return PEERS[format].decompress(dict(tensors), scheme)["weight"]
     except RuntimeError as error:
-        assert "stride(-1) must be 1" in str(error)
-        assert scheme.weights.num_bits == 4
-        assert tensors["weight_zero_point"].shape[-2] == 1
-        return None
+        one_word = scheme.weights.num_bits == 4 and tensors["weight_zero_point"].shape[-2] == 1
+        if one_word and "stride(-1) must be 1" in str(error):
+            return None
+        raise
 
 
 def assume_numbers(zero_point: torch.Tensor) -> None:
@@ -233,14 +233,10 @@ def agrees_with_the_peer(weight: torch.Tensor, args: QuantizationArgs) -> None:
         theirs = PEERS[name].compress(state, scheme)
         ours = format.encode(quantized, args, place="lin")
         assert_same_tensors(ours, theirs)
-        assert_same_bits(dequantize(format.decode(theirs, args, place="lin", **_now(name)), args), dense, name)
+        assert_same_bits(dequantize(format.decode(theirs, args, place="lin"), args), dense, name)
         decompressed = peer_decompress(name, ours, scheme)
         if decompressed is not None:
             assert_same_bits(decompressed, dense, f"{name} by the peer")
-
-
-def _now(name: CompressionFormat) -> dict[str, str]:
-    return {"version": "0.20.0"} if name is CompressionFormat.PACK_QUANTIZED else {}
 
 
 @given(data=st.data())
@@ -270,7 +266,7 @@ def test_stacks_of_matrices_are_quantized_one_by_one(data: st.DataObject, expert
     assert_same_bits(dequantize(stacked, args), torch.stack([dequantize(one, args) for one in single]))
     for name in formats_of(args):
         tensors = FORMATS[name].encode(stacked, args)
-        assert_same_bits(dequantize(FORMATS[name].decode(tensors, args, **_now(name)), args), dequantize(stacked, args))
+        assert_same_bits(dequantize(FORMATS[name].decode(tensors, args), args), dequantize(stacked, args))
         matrices = [FORMATS[name].encode(one, args) for one in single]
         for suffix in tensors:
             if suffix != "weight_shape":
@@ -310,3 +306,250 @@ def test_negative_zeros_become_the_code_of_zero() -> None:
     args = QuantizationArgs(num_bits=8, type="float", strategy="channel")
     weight = torch.tensor([[-0.0, 0.0, 1.0, -1.0]])
     assert hexadecimal(quantize(weight, args).codes) == "00007efe"
+
+
+# Calibrated elsewhere ------------------------------------------------------------------------------------------------
+
+FORMATS_OF_INT4 = [CompressionFormat.PACK_QUANTIZED, CompressionFormat.INT_QUANTIZED, CompressionFormat.NAIVE_QUANTIZED]
+
+
+@pytest.mark.parametrize("name", FORMATS_OF_INT4)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("scales_given", [True, False])
+def test_groups_of_scattered_columns(name: CompressionFormat, symmetric: bool, scales_given: bool) -> None:
+    """With ``g_idx``, each group is what it would be if its columns were neighbours."""
+    generator = torch.Generator().manual_seed(1)
+    args = QuantizationArgs(num_bits=4, strategy="group", group_size=8, symmetric=symmetric)
+    in_order = torch.randn(5, 32, generator=generator)
+    order = torch.randperm(32, generator=generator)
+    g_idx = (order // 8).to(torch.int32)
+    weight = in_order[:, order]
+    expected = quantize(in_order, args)
+    given_ones = {"scale": expected.scale, "zero_point": expected.zero_point} if scales_given else {}
+    quantized = quantize(weight, args, g_idx=g_idx, **given_ones)
+    assert_same_bits(quantized.scale, expected.scale)
+    assert_same_bits(quantized.codes, expected.codes[:, order])
+    assert_same_bits(dequantize(quantized, args), dequantize(expected, args)[:, order])
+    tensors = FORMATS[name].encode(quantized, args, place="lin")
+    assert_same_bits(tensors["weight_g_idx"], g_idx)
+    decoded = FORMATS[name].decode(tensors, args, place="lin")
+    assert_same_bits(decoded.g_idx, g_idx)
+    assert_same_bits(dequantize(decoded, args), dequantize(quantized, args))
+
+
+def test_groups_of_different_sizes_need_given_scales() -> None:
+    args = QuantizationArgs(num_bits=4, strategy="group", group_size=2)
+    weight, g_idx = torch.tensor([[1.0, 2.0, 3.0, 8.0]]), torch.tensor([0, 0, 0, 1], dtype=torch.int32)
+    quantized = quantize(weight, args, scale=torch.tensor([[1.0, 2.0]]), g_idx=g_idx)
+    assert quantized.codes.tolist() == [[1, 2, 3, 4]]
+    assert torch.equal(dequantize(quantized, args), weight)
+    with pytest.raises(QuantizationError, match=r"^lin\.weight: g_idx gives its groups \[3, 1\] columns, exp"):
+        quantize(weight, args, g_idx=g_idx, place="lin.weight")
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "channel", "block"])
+def test_group_order_means_nothing_to_other_strategies(strategy: str) -> None:
+    args = QuantizationArgs(num_bits=4, strategy=strategy, block_structure=(2, 2) if strategy == "block" else None)
+    weight = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    quantized = quantize(weight, args, g_idx=torch.tensor([1, 0, 1, 0], dtype=torch.int32))
+    assert quantized.g_idx is None
+    assert_same_bits(quantized.codes, quantize(weight, args).codes)
+
+
+def test_dtype_of_the_dense_weight() -> None:
+    args = QuantizationArgs(num_bits=8, strategy="channel")
+    quantized = quantize(torch.randn(3, 8, dtype=torch.float32).to(torch.bfloat16), args)
+    dense = dequantize(quantized, args)
+    assert dense.dtype == torch.bfloat16
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        # Computed and rounded in the dtype of the scale, whatever it is cast to afterwards.
+        assert_same_bits(dequantize(quantized, args, dtype=dtype), dense.to(dtype))
+    plain = QuantizedWeight(torch.tensor([[0.1, -2.0]]))
+    assert dequantize(plain, None) is plain.codes
+    assert_same_bits(dequantize(plain, None, dtype=torch.float16), plain.codes.to(torch.float16))
+
+
+def test_fake_quantize_is_there_and_back() -> None:
+    args = QuantizationArgs(num_bits=3, strategy="group", group_size=4, symmetric=False)
+    weight = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    assert_same_bits(fake_quantize(weight, args), dequantize(quantize(weight, args), args))
+    assert_same_bits(fake_quantize(fake_quantize(weight, args), args), fake_quantize(weight, args))
+
+
+def test_moving_moves_every_tensor() -> None:
+    args = QuantizationArgs(num_bits=4, strategy="group", group_size=4, symmetric=False)
+    quantized = quantize(torch.randn(2, 8), args, g_idx=torch.tensor([0, 1] * 4, dtype=torch.int32)).to("meta")
+    tensors = (quantized.codes, quantized.scale, quantized.zero_point, quantized.g_idx)
+    assert all(tensor.is_meta for tensor in tensors)
+    assert quantized.global_scale is None
+
+
+def test_the_mse_observer_clips_what_stands_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(4, 1024, generator=generator)
+    weight[:, 0] = 6.0
+    options = {"maxshrink": 0.6, "norm": 2.0}
+    plain = QuantizationArgs(num_bits=4, strategy="group", group_size=512)
+    clipped = QuantizationArgs(num_bits=4, strategy="group", group_size=512, observer="mse", observer_kwargs=options)
+    scales = weight_scales(weight, plain)[0], weight_scales(weight, clipped)[0]
+    assert (scales[1] <= scales[0]).all()
+    assert (scales[1][:, 0] < scales[0][:, 0]).all()
+    errors = [(fake_quantize(weight, args) - weight).square().sum() for args in (plain, clipped)]
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "channel", "block"])
+def test_the_mse_observer_of_values_on_a_grid_keeps_their_range(strategy: str) -> None:
+    fields = {"num_bits": 8, "strategy": strategy, "block_structure": (2, 5) if strategy == "block" else None}
+    weight = torch.arange(-127, 128, 1.0).repeat(2, 1)
+    found = weight_scales(weight, QuantizationArgs(**fields, symmetric=False, observer="mse"))
+    expected = weight_scales(weight, QuantizationArgs(**fields, symmetric=False, observer="minmax"))
+    if strategy != "block":  # blocks of five values are exact in many ranges
+        assert_same_bits(found[0], expected[0])
+        assert_same_bits(found[1], expected[1])
+    assert found[0].shape == expected[0].shape
+    assert found[1].shape == expected[1].shape
+
+
+# What cannot be quantized --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("scales_given", [True, False])
+@pytest.mark.parametrize("args", [
+    QuantizationArgs(num_bits=4, strategy="tensor"),
+    QuantizationArgs(num_bits=4, strategy="group", group_size=4),
+    QuantizationArgs(num_bits=8, type="float", strategy="block", block_structure=(2, 3)),
+    QuantizationArgs(num_bits=8, strategy="channel", observer="mse"),
+])  # fmt: skip
+def test_weights_that_are_not_finite(value: float, scales_given: bool, args: QuantizationArgs) -> None:
+    weight = torch.ones(3, 8)
+    weight[1, 6] = value
+    scale = torch.ones(scale_shape(args, weight.shape)) if scales_given else None
+    with pytest.raises(QuantizationError, match=rf"^model\.up\.weight: holds {value} at index \[1, 6\]"):
+        quantize(weight, args, scale=scale, place="model.up.weight")
+
+
+def test_a_group_size_that_does_not_divide() -> None:
+    args = QuantizationArgs(num_bits=4, strategy="group", group_size=128)
+    with pytest.raises(QuantizationError) as caught:
+        quantize(torch.ones(2, 960), args, place="model.q.weight")
+    assert str(caught.value).startswith("model.q.weight: group_size 128 does not divide its 960 input features")
+    assert "group sizes that fit: 96, 64, 48, 32, 16, 8;" in str(caught.value)
+    with pytest.raises(QuantizationError, match="no usual group size fits"):
+        quantize(torch.ones(2, 13), args)
+
+
+@pytest.mark.parametrize("shape", [(), (8,), (0, 8), (8, 0), (2, 0, 8)])
+def test_weights_without_values_or_columns(shape: tuple[int, ...]) -> None:
+    args = QuantizationArgs(num_bits=4, strategy="channel")
+    with pytest.raises(QuantizationError, match=r"^lin: has shape .*only matrices"):
+        quantize(torch.zeros(shape), args, place="lin")
+
+
+def test_a_range_that_overflows_the_dtype() -> None:
+    args = QuantizationArgs(num_bits=4, strategy="channel", symmetric=False)
+    weight = torch.tensor([[6e4, -6e4]], dtype=torch.float16)
+    with pytest.raises(QuantizationError, match=r"^lin: spans -60000 to 60000, a range that torch\.float16"):
+        quantize(weight, args, place="lin")
+    assert quantize(weight.to(torch.float32), args).codes.tolist() == [[7, -8]]
+
+
+SYMMETRIC, ASYMMETRIC = (QuantizationArgs(num_bits=4, strategy="channel", symmetric=flag) for flag in (True, False))
+
+
+@pytest.mark.parametrize(
+    ("args", "given_ones", "message"),
+    [
+        (SYMMETRIC, {"scale": torch.ones(2)}, r"the scale has shape \[2\], expected \[2, 1\]"),
+        (SYMMETRIC, {"scale": torch.tensor([[1.0], [math.nan]])}, "the scale holds NaN, infinity or zero"),
+        (SYMMETRIC, {"scale": torch.tensor([[1.0], [math.inf]])}, "the scale holds NaN, infinity or zero"),
+        (SYMMETRIC, {"scale": torch.tensor([[1.0], [0.0]])}, "the scale holds NaN, infinity or zero"),
+        (
+            SYMMETRIC,
+            {"scale": torch.ones(2, 1), "zero_point": torch.zeros(2, 1, dtype=torch.int8)},
+            "a zero point was given, but the scheme is symmetric",
+        ),
+        (ASYMMETRIC, {"scale": torch.ones(2, 1)}, r"needs a zero point of shape \[2, 1\], found none"),
+        (
+            ASYMMETRIC,
+            {"scale": torch.ones(2, 1), "zero_point": torch.zeros(2, dtype=torch.int8)},
+            r"needs a zero point of shape \[2, 1\], found one of shape \[2\]",
+        ),
+        (
+            ASYMMETRIC,
+            {"scale": torch.ones(2, 1), "zero_point": torch.zeros(2, 1)},
+            "needs a zero point of dtype torch.int8, found torch.float32",
+        ),
+    ],
+)
+def test_scales_that_do_not_fit(args: QuantizationArgs, given_ones: dict[str, torch.Tensor], message: str) -> None:
+    with pytest.raises(QuantizationError, match=f"^lin: {message}"):
+        quantize(torch.ones(2, 8), args, place="lin", **given_ones)
+
+
+def test_all_that_is_wrong_with_scales_is_listed() -> None:
+    with pytest.raises(QuantizationError) as caught:
+        quantize(torch.ones(2, 8), ASYMMETRIC, scale=torch.tensor([math.nan]), place="lin")
+    assert len(caught.value.problems) == 3
+
+
+@pytest.mark.parametrize(
+    ("g_idx", "message"),
+    [
+        (torch.zeros(8, dtype=torch.int64), r"g_idx must be int32 \[8\], not torch\.int64 \[8\]"),
+        (torch.zeros(4, dtype=torch.int32), r"g_idx must be int32 \[8\], not torch\.int32 \[4\]"),
+        (torch.tensor([0, 0, 0, 0, 1, 1, 1, 2], dtype=torch.int32), "g_idx names groups 0 to 2, expected 0 to 1"),
+        (torch.tensor([0, 0, 0, 0, 1, 1, 1, -1], dtype=torch.int32), "g_idx names groups -1 to 1, expected 0 to 1"),
+    ],
+)
+def test_group_orders_that_do_not_fit(g_idx: torch.Tensor, message: str) -> None:
+    args = QuantizationArgs(num_bits=4, strategy="group", group_size=4)
+    with pytest.raises(QuantizationError, match=f"^lin: {message}"):
+        quantize(torch.ones(2, 8), args, g_idx=g_idx, place="lin")
+
+
+@pytest.mark.parametrize(
+    ("observer", "options", "message"),
+    [
+        ("histogram", {}, "the observer 'histogram' is not known for weights; there are .*mse"),
+        ("mse", {"patience": 5}, "observer mse: .*patience"),
+        ("mse", {"grid": 0}, "observer mse: .*grid be a positive integer"),
+        ("mse", {"grid": 2.5}, "observer mse: .*grid be a positive integer"),
+        ("mse", {"maxshrink": 1.0}, r"observer mse: maxshrink must lie in \(0, 1\)"),
+        ("mse", {"norm": 0}, "observer mse: .*norm be positive"),
+    ],
+)
+def test_observers_that_do_not_fit(observer: str, options: dict[str, Any], message: str) -> None:
+    args = QuantizationArgs(num_bits=4, strategy="channel", observer=observer, observer_kwargs=options)
+    with pytest.raises(QuantizationError, match=f"^lin: {message}"):
+        quantize(torch.ones(2, 8), args, place="lin")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        QuantizationArgs(num_bits=4, type="float", strategy="group", group_size=32),
+        QuantizationArgs(num_bits=6, type="float", strategy="group", group_size=32, scale_dtype="torch.uint8"),
+        QuantizationArgs(num_bits=8, type="float", strategy="group", group_size=32, scale_dtype="torch.uint8"),
+    ],
+)
+def test_number_formats_without_a_decoder(args: QuantizationArgs) -> None:
+    with pytest.raises(UnsupportedFormatError, match=rf"^lin: float of {args.num_bits} bits.*\(NVFP4 and MX formats\)"):
+        quantize(torch.ones(2, 32), args, place="lin")
+
+
+def test_strategies_that_are_not_of_weights() -> None:
+    args = QuantizationArgs(num_bits=8, strategy="token", dynamic=True)
+    with pytest.raises(UnsupportedFormatError, match="strategy 'token' is not one of weights"):
+        quantize(torch.ones(2, 8), args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
+def test_other_dtypes_of_weights(dtype: torch.dtype) -> None:
+    """Double precision keeps its own; integers, which have no epsilon, get the scales of float16."""
+    weight = torch.tensor([[-15, 0, 3, 15]]).to(dtype)
+    quantized = quantize(weight, QuantizationArgs(num_bits=4, strategy="channel"))
+    assert quantized.scale.dtype == (dtype if dtype.is_floating_point else torch.float16)
+    assert quantized.scale.tolist() == [[2.0]]
+    assert quantized.codes.tolist() == [[-8, 0, 2, 7]]

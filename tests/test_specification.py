@@ -24,7 +24,7 @@ from compressed_format.config import (
 )
 from compressed_format.dtypes import DTYPES_BY_SAFETENSORS_CODE, torch_dtype
 from compressed_format.errors import UnsupportedFormatError
-from compressed_format.formats import FORMATS, SPARSITY_FORMATS, PackQuantized, format_named
+from compressed_format.formats import FORMATS, SPARSITY_FORMATS, PackQuantized, format_named, pack_layout
 from compressed_format.quantization import QuantizedWeight, dequantize, quantize
 
 PAGE = (Path(__file__).parents[1] / "schema" / "README.md").read_text(encoding="utf-8")
@@ -117,7 +117,9 @@ def decode(example: dict[str, Any]) -> QuantizedWeight:
         tensors["weight"] = sparsity.decode(parts)
     entry = FORMATS[CompressionFormat(example["format"])]
     if isinstance(entry, PackQuantized):
-        return entry.decode(tensors, args, version=example.get("version"))
+        packed, columns = tensors["weight_packed"], tensors["weight_shape"].tolist()[-1]
+        layout = pack_layout(packed, args.num_bits, columns, version=example.get("version"))
+        return entry.decode(tensors, args, layout=layout)
     return entry.decode(tensors, args)
 
 

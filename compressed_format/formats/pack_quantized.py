@@ -85,7 +85,7 @@ class PackQuantized(Format):
             "weight_scale": TensorSpec(FLOAT_DTYPES, scales),
             "weight_shape": TensorSpec((torch.int64, torch.int32), (len(shape),)),
         }
-        if not args.symmetric and _packs_zero_points(args):
+        if not args.symmetric and self.packs_zero_points(args):
             rows = bitpack.packed_words(scales[-2], args.num_bits)
             specs["weight_zero_point"] = TensorSpec((torch.int32,), (*scales[:-2], rows, scales[-1]))
         elif not args.symmetric:
@@ -93,12 +93,25 @@ class PackQuantized(Format):
         return specs | g_idx_spec(shape, args)
 
     @classmethod
+    def packs_zero_points(cls, args: QuantizationArgs) -> bool:
+        """Whether zero points are packed along the rows; the other strategies store them as they are."""
+        return args.strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)
+
+    @classmethod
+    def legacy_specs(cls, shape: tuple[int, ...], args: QuantizationArgs) -> dict[str, list[TensorSpec]]:
+        """What each tensor looked like in older releases: word-aligned, or with zero points that were not packed."""
+        older = {suffix: [spec] for suffix, spec in cls.word_aligned_specs(shape, args).items()}
+        if "weight_zero_point" in older:
+            older["weight_zero_point"].append(TensorSpec((torch.int8,), scale_shape(args, shape)))
+        return older
+
+    @classmethod
     def word_aligned_specs(cls, shape: tuple[int, ...], args: QuantizationArgs) -> dict[str, TensorSpec]:
         """As :meth:`tensor_specs`, for the word-aligned layout that is read but no longer written."""
         specs = cls().tensor_specs(shape, args)
         words = bitpack.word_aligned_words(shape[-1], args.num_bits)
         specs["weight_packed"] = TensorSpec((torch.int32,), (*shape[:-1], words))
-        if "weight_zero_point" in specs and _packs_zero_points(args):
+        if "weight_zero_point" in specs and cls.packs_zero_points(args):
             rows, groups = scale_shape(args, shape)[-2:]
             packed_rows = bitpack.word_aligned_words(rows, args.num_bits)
             specs["weight_zero_point"] = TensorSpec((torch.int32,), (*shape[:-2], packed_rows, groups))
@@ -121,9 +134,9 @@ class PackQuantized(Format):
         }
         if zero_point is not None:
             check_codes(zero_point, args, f"{place}.weight_zero_point")
-            tensors["weight_zero_point"] = (
-                _along_rows(bitpack.pack_codes, zero_point, args.num_bits) if _packs_zero_points(args) else zero_point
-            )
+            if self.packs_zero_points(args):
+                zero_point = _along_rows(bitpack.pack_codes, zero_point, args.num_bits)
+            tensors["weight_zero_point"] = zero_point
         if quantized.g_idx is not None:
             tensors["weight_g_idx"] = quantized.g_idx
         check_tensors(tensors, self.tensor_specs(tuple(codes.shape), args), place, optional=("weight_g_idx",))
@@ -137,23 +150,24 @@ class PackQuantized(Format):
         args: QuantizationArgs | None,
         *,
         place: str = "",
-        version: str | None = None,
+        layout: PackLayout = PackLayout.DENSE,
     ) -> QuantizedWeight:
-        """As :meth:`Format.decode`; ``version`` is the release that wrote the file, for 3, 5, 6 and 7 bits."""
+        """As :meth:`Format.decode`, of a file whose ``layout`` :func:`pack_layout` has told."""
         args = _require_packable(args)
         shape = stored_shape(tensors, place)
         specs = self.tensor_specs(shape, args)
         bits, columns = args.num_bits, shape[-1]
         unpack = bitpack.unpack_codes
-        if _is_word_aligned(tensors["weight_packed"], bits, columns, version, place):
+        if layout is PackLayout.WORD_ALIGNED:
             unpack = bitpack.unpack_word_aligned_codes
             specs = self.word_aligned_specs(shape, args)
+        specs = _with_unpacked_zero_points(specs, tensors, args)
         check_tensors(tensors, specs, place, optional=("weight_g_idx",))
         codes = unpack(tensors["weight_packed"], bits, columns)
         scale = tensors["weight_scale"]
         check_scales(scale, f"{place}.weight_scale")
         zero_point = None if args.symmetric else tensors["weight_zero_point"]
-        if zero_point is not None and _packs_zero_points(args):
+        if zero_point is not None and zero_point.dtype == torch.int32:
             zero_point = _along_rows(unpack, zero_point, bits, scale.shape[-2])
         elif zero_point is not None:
             check_codes(zero_point, args, f"{place}.weight_zero_point")
@@ -189,12 +203,6 @@ def stored_shape(tensors: Mapping[str, torch.Tensor], place: str) -> tuple[int, 
     return shape
 
 
-def _is_word_aligned(packed: torch.Tensor, bits: int, columns: int, version: str | None, place: str) -> bool:
-    if packed.dtype != torch.int32:
-        return False  # which the check of the tensors reports
-    return pack_layout(packed, bits, columns, version=version, place=place) is PackLayout.WORD_ALIGNED
-
-
 def _require_packable(args: QuantizationArgs | None) -> QuantizationArgs:
     args = require_args(args, CompressionFormat.PACK_QUANTIZED)
     if args.type is not QuantizationType.INT or not 1 <= args.num_bits <= 8:
@@ -203,9 +211,14 @@ def _require_packable(args: QuantizationArgs | None) -> QuantizationArgs:
     return args
 
 
-def _packs_zero_points(args: QuantizationArgs) -> bool:
-    """Whether zero points are packed along the rows; the other strategies store them as they are."""
-    return args.strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)
+def _with_unpacked_zero_points(
+    specs: dict[str, TensorSpec], tensors: Mapping[str, torch.Tensor], args: QuantizationArgs
+) -> dict[str, TensorSpec]:
+    """``specs`` for a file of a release up to 0.9.3, which stored zero points like the scales they belong to."""
+    zero_point = tensors.get("weight_zero_point")
+    if args.symmetric or zero_point is None or zero_point.dtype != torch.int8:
+        return specs
+    return specs | {"weight_zero_point": TensorSpec((torch.int8,), specs["weight_scale"].shape)}
 
 
 def _along_rows(pack, values: torch.Tensor, *args: int) -> torch.Tensor:  # type: ignore[no-untyped-def]

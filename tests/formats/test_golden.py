@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from compressed_format.config import CompressionFormat, QuantizationArgs, QuantizationConfig, QuantizationScheme
 from compressed_format.errors import UnsupportedFormatError
-from compressed_format.formats import FORMATS, SPARSITY_FORMATS, format_named
+from compressed_format.formats import FORMATS, SPARSITY_FORMATS, format_named, pack_layout
 from compressed_format.formats.module import module_tensor_specs
 from compressed_format.quantization import QuantizedWeight, dequantize, quantize
 from tests.checks import (
@@ -110,8 +110,12 @@ def test_scales_of_the_current_release(case: dict[str, Any]) -> None:
 )
 def test_decodes_to_the_values_of_the_release(case: dict[str, Any]) -> None:
     args, format = _weights(case), FORMATS[_format(case)]
-    version = {"version": case["config"]["version"]} if _format(case) is CompressionFormat.PACK_QUANTIZED else {}
-    decoded = format.decode(_weight_tensors(case), args, place="lin", **version)
+    tensors, kwargs = _weight_tensors(case), {}
+    if _format(case) is CompressionFormat.PACK_QUANTIZED:
+        columns = tensors["weight_shape"].tolist()[-1]
+        version = case["config"]["version"]
+        kwargs["layout"] = pack_layout(tensors["weight_packed"], args.num_bits, columns, version=version)
+    decoded = format.decode(tensors, args, place="lin", **kwargs)
     weight = golden_weight(*case["shape"], dtype=_dtype(case))
     assert_same_bits(decoded.codes, quantize(weight, args).codes)
     if "error" in case["decompressed"]:
@@ -228,7 +232,7 @@ def test_columns_in_another_order_than_their_groups() -> None:
     args, format = _weights(case), FORMATS[CompressionFormat.PACK_QUANTIZED]
     tensors = golden_tensors(case)
     weight = golden_weight(4, 16)
-    decoded = format.decode(tensors, args, place="lin", version="0.14.0.1")
+    decoded = format.decode(tensors, args, place="lin")
     g_idx = decoded.g_idx
     assert g_idx is not None
     assert_same_bits(g_idx, tensors["weight_g_idx"])
@@ -248,7 +252,7 @@ def test_columns_ordered_by_activations_in_place() -> None:
     case = golden_cases(LEGACY)["pack4_group8_actweight"]
     args, format = _weights(case), FORMATS[CompressionFormat.PACK_QUANTIZED]
     tensors = golden_tensors(case)
-    decoded = format.decode(tensors, args, place="lin", version="0.14.0.1")
+    decoded = format.decode(tensors, args, place="lin")
     assert decoded.g_idx is None
     quantized = quantize(golden_weight(4, 16), args, scale=tensors["weight_scale"])
     assert_same_tensors(format.encode(quantized, args, place="lin"), tensors)
