@@ -95,7 +95,7 @@ class Sparse24Bitmask:
         mask = torch.zeros(quads.shape, dtype=torch.bool).scatter_(-1, kept, True).flatten(-2).to(weight.device)
         return {
             "shape": torch.tensor(weight.shape, dtype=torch.int64).unsqueeze(-1),
-            "compressed": _select(weight, mask).reshape(weight.shape[0], -1),
+            "compressed": _select(weight, mask).reshape(weight.shape[0], weight.shape[1] // 2),
             "bitmask": pack_bitmask(mask),
         }
 
@@ -129,34 +129,6 @@ def first_dense_quad(weight: torch.Tensor) -> tuple[int, int] | None:
         return None
     row, quad = dense.nonzero()[0].tolist()
     return row, quad * 4
-
-
-def pack_bitmask(mask: torch.Tensor) -> torch.Tensor:
-    """Bool ``[..., n]`` to uint8 ``[..., ceil(n/8)]``: bit ``j`` of byte ``k`` is place ``8k + j``."""
-    padded: torch.Tensor = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8)).unflatten(
-        -1, (-1, 8)
-    )
-    weights = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=mask.device)
-    return (padded * weights).sum(dim=-1).to(torch.uint8)
-
-
-def expand_bitmask(compressed: torch.Tensor, bitmask: torch.Tensor, columns: int) -> torch.Tensor:
-    """Put the values of ``compressed``, in row-major order, at the set bits of ``bitmask``; zero elsewhere."""
-    mask = _unpack_bitmask(bitmask, columns)
-    expanded = torch.zeros(mask.shape, dtype=compressed.dtype, device=compressed.device)
-    # float8 has no masked_scatter on CPU, and its bytes are all that matters here.
-    _bytes(expanded).masked_scatter_(mask, _bytes(compressed).reshape(-1))
-    return expanded
-
-
-def _unpack_bitmask(bitmask: torch.Tensor, columns: int) -> torch.Tensor:
-    bits = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
-    mask: torch.Tensor = (bitmask.unsqueeze(-1) >> bits & 1).flatten(-2)[..., :columns]
-    return mask.to(torch.bool)
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
 
 
 def _nonzero(weight: torch.Tensor) -> torch.Tensor:
