@@ -15,11 +15,8 @@ from torch import nn
 from compressed_format.calibrate import calibrate_activations, needs_calibration
 from compressed_format.config import (
     PRESETS,
-    Assignment,
-    CompressionFormat,
     QuantizationConfig,
     QuantizationScheme,
-    QuantizationStrategy,
     TargetResolution,
     resolve_targets,
 )
@@ -27,20 +24,16 @@ from compressed_format.errors import (
     CalibrationError,
     CompressedFormatWarning,
     ConfigError,
-    Problem,
     QuantizationError,
-    UnsupportedFormatError,
+    TargetError,
 )
-from compressed_format.formats import SPARSITY_FORMATS, format_named, prune_2_of_4
-from compressed_format.formats.module import check_runnable
-from compressed_format.linear import CompressedEmbedding, CompressedLinear, CompressedModule, compressed_modules
-from compressed_format.quantization import QuantizedWeight, group_size_problem, quantize
+from compressed_format.linear import CompressedModule, compressed_modules
+from compressed_format.module_compression import check_modules, compress_module, plain_module, treatment
 
-__all__ = ["attach_config", "compress", "compress_module", "config_of", "decompress", "read_config"]
+__all__ = ["attach_config", "compress", "config_of", "decompress", "read_config"]
 
 _CONFIG_ATTRIBUTE = "compressed_format_config"
 
-Compressible = nn.Linear | nn.Embedding
 ConfigLike = QuantizationConfig | Mapping[str, Any] | str | os.PathLike[str]
 
 
@@ -57,11 +50,11 @@ def compress(
     ``calibration`` yields model inputs (mappings, tuples or single values) for static activation scales; nothing else
     needs it. ``progress`` is called with the number of modules done and their total.
 
-    Everything that can be known beforehand is checked before the first module is touched, and one
-    :class:`QuantizationError` lists it all: group sizes that do not divide, number formats that cannot be quantized,
-    modules without data. One module is compressed at a time, so that memory stays within the dense model and a layer.
-    A module that appears in several places stays shared; weights tied across modules stay tied where all of them get
-    the same scheme, and a warning says so where they do not.
+    Everything that can go wrong is looked for before the first module is touched, and one error lists it all: group
+    sizes that do not divide, number formats that cannot be quantized, modules without data, NaN. One module is
+    compressed at a time, so that memory stays within the dense model and a layer. A module that appears in several
+    places stays shared; weights tied across modules stay tied where all of them are quantized alike, and a warning
+    says so where they are not.
     """
     config = read_config(config)
     if compressed_modules(model):
@@ -69,12 +62,8 @@ def compress(
     resolution = resolve_targets(model, config)
     for problem in resolution.warnings:
         warnings.warn(str(problem), CompressedFormatWarning, stacklevel=2)
-    modules = {
-        name: module
-        for name, module in model.named_modules()
-        if name in resolution.assignments and isinstance(module, Compressible)
-    }
-    _check_modules(modules, resolution)
+    modules = {name: module for name, module in model.named_modules() if name in resolution.assignments}
+    check_modules(modules, resolution)
     if config.kv_cache_scheme is not None:
         message = (
             "kv_cache_scheme: passed on to the saved config, but no k_scale or v_scale is computed; "
@@ -86,17 +75,18 @@ def compress(
     _announce_broken_ties(model, ties, resolution)
     places = _places(model)
     tied: dict[Any, CompressedModule] = {}
+    total = len(modules)
     for done, name in enumerate(list(modules), start=1):
-        module, assignment = modules.pop(name), resolution.assignments[name]
-        compressed = compress_module(module, assignment, activation_scales.get(name, {}), name)
+        assignment = resolution.assignments[name]
+        # No name here may hold the dense module: its weight goes as soon as it is replaced.
+        at = places.pop(id(modules[name]))
+        compressed = compress_module(modules.pop(name), assignment, activation_scales.pop(name, {}), name)
         if name in ties:
-            twin = tied.setdefault((ties[name], _treatment(assignment)), compressed)
-            for suffix in compressed._parameters.keys() & twin._parameters.keys() - {"bias"}:
-                compressed._parameters[suffix] = twin._parameters[suffix]
-        for parent, child in places[id(module)]:
+            _share_weight(compressed, tied.setdefault((ties[name], treatment(assignment)), compressed))
+        for parent, child in at:
             setattr(parent, child, compressed)
         if progress is not None:
-            progress(done, len(resolution.assignments))
+            progress(done, total)
     attach_config(model, config)
     return model
 
@@ -105,56 +95,21 @@ def decompress(model: nn.Module) -> nn.Module:
     """Replace the compressed modules of ``model`` with plain ``nn.Linear`` and ``nn.Embedding``, in place.
 
     Weights are dequantized bit for bit as compressed-tensors does, in each module's ``dtype``; activations are no
-    longer rounded. Tied weights stay tied.
+    longer rounded. Tied weights stay tied. A transformers model forgets that it was quantized.
     """
+    if isinstance(model, CompressedModule):
+        raise TargetError("cannot be replaced in place, for it is the model itself; put it into an nn.Sequential")
     places = _places(model)
-    dense: dict[int, nn.Parameter] = {}
+    dense: dict[Any, nn.Parameter] = {}
     for module in list(compressed_modules(model).values()):
-        key = id(module._parameters[module._weight_name])
+        key = id(module._parameters[module._weight_name]), module.dtype
         if key not in dense:
             dense[key] = nn.Parameter(module.weight, requires_grad=True)
+        plain = plain_module(module, dense[key])
         for parent, child in places[id(module)]:
-            setattr(parent, child, _plain_module(module, dense[key]))
-    if hasattr(model, _CONFIG_ATTRIBUTE):
-        delattr(model, _CONFIG_ATTRIBUTE)
+            setattr(parent, child, plain)
+    _forget_config(model)
     return model
-
-
-def compress_module(
-    module: Compressible, assignment: Assignment, activation_scales: Mapping[str, torch.Tensor], place: str
-) -> CompressedModule:
-    """A compressed module for the Linear or Embedding ``module``. Raises :class:`QuantizationError`."""
-    weight = module.weight.detach()
-    scheme, sparsity = assignment.scheme, assignment.sparsity
-    args = None if scheme is None else scheme.weights
-    if sparsity is CompressionFormat.SPARSE_24_BITMASK:
-        weight = prune_2_of_4(weight, place=place)
-    if args is None:
-        quantized = QuantizedWeight(weight)
-    else:
-        quantized = quantize(weight, args, place=f"{place}.weight")
-    tensors = format_named(assignment.format, place).encode(quantized, args, place=place)
-    if sparsity is not None:
-        values = tensors.pop("weight")
-        tensors = {**SPARSITY_FORMATS[sparsity].encode(values, place=place), **tensors}
-    tensors = {**tensors, **activation_scales}
-    shape = (weight.shape[0], weight.shape[1])
-    compressed: CompressedModule
-    if isinstance(module, nn.Linear):
-        compressed = CompressedLinear(
-            tensors, shape, scheme, assignment.format, sparsity=sparsity, bias=module.bias, dtype=weight.dtype
-        )
-    else:
-        compressed = CompressedEmbedding(
-            tensors,
-            shape,
-            scheme,
-            assignment.format,
-            sparsity=sparsity,
-            padding_idx=module.padding_idx,
-            dtype=weight.dtype,
-        )
-    return compressed.train(module.training)
 
 
 def read_config(config: ConfigLike) -> QuantizationConfig:
@@ -187,69 +142,17 @@ def config_of(model: nn.Module) -> QuantizationConfig | None:
     return config if isinstance(config, QuantizationConfig) else None
 
 
-def _check_modules(modules: Mapping[str, Compressible], resolution: TargetResolution) -> None:
-    unsupported: list[Problem] = []
-    problems: list[Problem] = []
-    misfits: dict[tuple[int, int], list[str]] = defaultdict(list)
-    for name, module in modules.items():
-        assignment = resolution.assignments[name]
-        unsupported += check_runnable(assignment.scheme, assignment.format, assignment.sparsity, name)
-        message = _unusable(module, assignment)
-        if message is not None:
-            problems.append(Problem(name, message))
-            continue
-        args = None if assignment.scheme is None else assignment.scheme.weights
-        if args is not None and args.strategy is QuantizationStrategy.GROUP and args.group_size:
-            columns = module.weight.shape[-1]
-            if columns % args.group_size:
-                misfits[columns, args.group_size].append(name)
-    if unsupported:
-        raise UnsupportedFormatError(f"{len(unsupported)} modules cannot be compressed as asked:", unsupported)
-    for (columns, group_size), names in misfits.items():
-        counted = names[0] if len(names) == 1 else f"{len(names)} modules ({names[0]}, …)"
-        problems.append(Problem(counted, group_size_problem(columns, group_size)))
-    if problems:
-        count = len(problems) - len(misfits) + sum(map(len, misfits.values()))
-        raise QuantizationError(f"{count} of {len(modules)} targeted modules cannot be compressed:", problems)
-
-
-def _unusable(module: Compressible, assignment: Assignment) -> str | None:
-    """Why ``module`` itself cannot be replaced, or None."""
-    base = nn.Linear if isinstance(module, nn.Linear) else nn.Embedding
-    weight = module.weight
-    if type(module).forward is not base.forward:
-        return (
-            f"{type(module).__name__} computes something of its own in forward, which a compressed module would lose; "
-            "list it in ignore"
-        )
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        return "an Embedding with max_norm rewrites its weight in forward; list it in ignore"
-    if isinstance(module, nn.Embedding) and assignment.scheme is not None and assignment.scheme.input_activations:
-        return "an Embedding has indices for inputs, which cannot be quantized; give it a group of its own"
-    if weight.is_meta:
-        return "its weight is on the meta device and holds no data; load the model first"
-    if not weight.is_floating_point() or weight.element_size() < 2:
-        return f"its weight has dtype {weight.dtype}, expected a float of 16 bits or more"
-    return None if assignment.sparsity is None else _cannot_be_sparse(assignment, assignment.sparsity, weight.shape[-1])
-
-
-def _cannot_be_sparse(assignment: Assignment, sparsity: CompressionFormat, columns: int) -> str | None:
-    args = None if assignment.scheme is None else assignment.scheme.weights
-    if sparsity is CompressionFormat.SPARSE_24_BITMASK and columns % 4:
-        return f"2:4 sparsity needs a multiple of 4 input features, found {columns}"
-    if assignment.format is CompressionFormat.PACK_QUANTIZED:
-        return (
-            f"{sparsity.value} holds int8, float8 or plain values, which pack-quantized has none of; "
-            "use int-quantized, float-quantized or dense with it"
-        )
-    if args is not None and not args.symmetric:
-        return f"{sparsity.value} leaves out values of zero, which asymmetric codes do not keep; use symmetric weights"
-    return None
+def _forget_config(model: nn.Module) -> None:
+    if hasattr(model, _CONFIG_ATTRIBUTE):
+        delattr(model, _CONFIG_ATTRIBUTE)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
 
 
 def _activation_scales(
     model: nn.Module,
-    modules: Mapping[str, Compressible],
+    modules: Mapping[str, nn.Module],
     resolution: TargetResolution,
     calibration: Iterable[Any] | None,
 ) -> dict[str, dict[str, torch.Tensor]]:
@@ -262,28 +165,36 @@ def _activation_scales(
         return {}
     if calibration is None:
         first = next(iter(static))
+        counted = f"{first} has" if len(static) == 1 else f"{len(static)} modules ({first}, …) have"
         raise CalibrationError(
-            f"{len(static)} modules ({first}, …) have static activation scales, which need data: "
+            f"{counted} static activation scales, which need data: "
             "pass calibration=, an iterable of model inputs, or make the activations dynamic"
         )
     return calibrate_activations(model, static, calibration)
 
 
 def _tied_weights(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """For each module whose weight other modules share: the names of all of them, itself included."""
+    """For each module whose weight is a parameter elsewhere too: all who have it, parameters of other names in full."""
     owners: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners[id(weight)].append(name)
+        for suffix, parameter in module._parameters.items():
+            if parameter is not None:
+                owners[id(parameter)].append(name if suffix == "weight" else f"{name}.{suffix}")
     return {name: tuple(names) for names in owners.values() if len(names) > 1 for name in names}
 
 
+def _share_weight(compressed: CompressedModule, twin: CompressedModule) -> None:
+    """Make the tensors of the weight those of ``twin``; bias and scales of activations are each module's own."""
+    for suffix in compressed._parameters.keys() & twin._parameters.keys():
+        if suffix != "bias" and not suffix.startswith(("input_", "output_")):
+            compressed._parameters[suffix] = twin._parameters[suffix]
+
+
 def _announce_broken_ties(model: nn.Module, ties: Mapping[str, tuple[str, ...]], resolution: TargetResolution) -> None:
-    """Say which weights shared by several modules stop being shared, because not all of them get the same scheme."""
+    """Say which weights shared by several modules stop being shared, because they are not all quantized alike."""
     for names in dict.fromkeys(ties.values()):
         assignments = [resolution.assignments.get(name) for name in names]
-        if len({None if found is None else _treatment(found) for found in assignments}) == 1:
+        if len({None if found is None else treatment(found) for found in assignments}) == 1:
             continue
         compressed = [name for name, found in zip(names, assignments, strict=True) if found is not None]
         message = (
@@ -297,11 +208,6 @@ def _announce_broken_ties(model: nn.Module, ties: Mapping[str, tuple[str, ...]],
             model_config.tie_word_embeddings = False
 
 
-def _treatment(assignment: Assignment) -> Any:
-    """What of an assignment decides the tensors, whichever group and target led to it."""
-    return assignment.scheme, assignment.format, assignment.sparsity
-
-
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Every (parent, child name) at which each module sits."""
     places: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
@@ -310,15 +216,3 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
             if module is not None:
                 places[id(module)].append((parent, child))
     return places
-
-
-def _plain_module(module: CompressedModule, weight: nn.Parameter) -> nn.Module:
-    plain: nn.Module
-    if isinstance(module, CompressedLinear):
-        plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-        plain._parameters["bias"] = module._parameters["bias"]
-    else:
-        assert isinstance(module, CompressedEmbedding)
-        plain = nn.Embedding(module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx, device="meta")
-    plain.weight = weight
-    return plain.train(module.training)

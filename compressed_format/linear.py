@@ -116,32 +116,37 @@ class CompressedModule(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> CompressedModule:
         """Move every tensor, but let a change of dtype reach the bias and :attr:`dtype` only."""
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
         bias = self._parameters.get("bias")
+        free = () if bias is None else (bias, bias.grad)
 
         def keeping_dtype(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
-            if moved.dtype == tensor.dtype or (bias is not None and tensor is bias):
+            if moved.dtype == tensor.dtype or any(tensor is other for other in free):
                 return moved
             return tensor.to(moved.device)
 
-        super()._apply(keeping_dtype, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(keeping_dtype, recurse=False)  # type: ignore[no-untyped-call]
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=next(iter(self.parameters())).device)).dtype
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         # nn.Module registers a parameter only if no attribute of its name exists, and would find the property
         # `weight` (and dequantize it to do so).
-        parameters = self.__dict__.get("_parameters")
-        if parameters is not None and name in parameters and (value is None or isinstance(value, nn.Parameter)):
-            if value is not None and name != "bias":
-                value.requires_grad_(False)
-            parameters[name] = value
-            return
-        if name == "weight":
+        parameters = self.__dict__.get("_parameters", {})
+        held = parameters.get(name)
+        if name == "weight" and not _replaces(value, held):
             raise AttributeError(
                 f"{type(self).__name__}.weight is computed from the packed tensors and cannot be set; "
                 "decompress() the model to train or edit its weights"
             )
+        if isinstance(value, nn.Parameter) and name in parameters:
+            if name != "bias":
+                value.requires_grad_(False)
+            parameters[name] = value
+            return
         super().__setattr__(name, value)
 
     def _describe(self) -> str:
@@ -242,6 +247,13 @@ def _describe_args(args: QuantizationArgs) -> str:
         size = f" {args.group_size}"
     kind = "dynamic" if args.dynamic else ("symmetric" if args.symmetric else "asymmetric")
     return f"{args.type.value}{args.num_bits} {args.strategy.value}{size} {kind}"
+
+
+def _replaces(value: Any, held: nn.Parameter | None) -> bool:
+    """Whether ``value`` may take the place of the codes ``held``, as when a state dict is loaded by assignment."""
+    if held is None or not isinstance(value, nn.Parameter):
+        return False
+    return value.dtype == held.dtype and value.shape == held.shape
 
 
 def _activation_arguments(args: QuantizationArgs | None) -> _ActivationArguments | None:
