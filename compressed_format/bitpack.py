@@ -41,20 +41,17 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
         return codes.new_zeros((*codes.shape[:-1], words), dtype=torch.int32)
     if 8 % bits == 0:
         return _pack_bytes(codes, bits, words)
-    offset_binary = (codes.to(torch.int64) + (1 << (bits - 1))) & ((1 << bits) - 1)
-    # 32 consecutive codes fill exactly `bits` words, so the places at which codes straddle words repeat with that
-    # period: packing is then `32` vector operations on columns, instead of one operation for each bit.
-    blocks = -(-size // 32)
-    offset_binary = torch.nn.functional.pad(offset_binary, (0, blocks * 32 - size))
-    columns = offset_binary.unflatten(-1, (blocks, 32))
-    packed = codes.new_zeros((*codes.shape[:-1], blocks, bits), dtype=torch.int64)
-    for index in range(32):
-        word, shift = divmod(index * bits, 32)
-        packed[..., word] |= columns[..., index] << shift
-        if shift + bits > 32:
-            packed[..., word + 1] |= columns[..., index] >> (32 - shift)
-    packed &= 0xFFFFFFFF
-    return _low_words(packed).flatten(-2)[..., :words].contiguous()
+    # Eight codes fill exactly `bits` bytes, at most seven here, so they come together in one int64.
+    groups = -(-size // 8)
+    columns = _offset_binary(codes, bits, groups * 8).unflatten(-1, (groups, 8))
+    joined = codes.new_zeros((*codes.shape[:-1], groups), dtype=torch.int64)
+    for index in range(8):
+        joined |= columns[..., index].to(torch.int64) << (index * bits)
+    stored = joined.unsqueeze(-1).view(torch.uint8)[..., :bits].flatten(-2)
+    packed = codes.new_zeros((*codes.shape[:-1], words * 4), dtype=torch.uint8)
+    used = min(words * 4, groups * bits)
+    packed[..., :used] = stored[..., :used]
+    return packed.view(torch.int32)
 
 
 def unpack_codes(packed: torch.Tensor, bits: int, size: int) -> torch.Tensor:
@@ -63,17 +60,18 @@ def unpack_codes(packed: torch.Tensor, bits: int, size: int) -> torch.Tensor:
         return packed.new_zeros((*packed.shape[:-1], size), dtype=torch.int8)
     if 8 % bits == 0:
         return _unpack_bytes(packed, bits, size)
-    blocks = -(-size // 32)
-    words = packed.to(torch.int64) & 0xFFFFFFFF
-    words = torch.nn.functional.pad(words, (0, blocks * bits - words.shape[-1])).unflatten(-1, (blocks, bits))
-    codes = packed.new_empty((*packed.shape[:-1], blocks, 32), dtype=torch.int8)
-    for index in range(32):
-        word, shift = divmod(index * bits, 32)
-        column = words[..., word] >> shift
-        if shift + bits > 32:
-            column |= words[..., word + 1] << (32 - shift)
-        codes[..., index] = (column & ((1 << bits) - 1)) - (1 << (bits - 1))
-    return codes.flatten(-2)[..., :size].contiguous()
+    groups = -(-size // 8)
+    stored = _bytes_of_words(packed)
+    stored = torch.nn.functional.pad(stored, (0, groups * bits - stored.shape[-1])).unflatten(-1, (groups, bits))
+    joined = packed.new_zeros((*packed.shape[:-1], groups, 8), dtype=torch.uint8)
+    joined[..., :bits] = stored
+    values = joined.view(torch.int64).squeeze(-1)
+    codes = packed.new_empty((*packed.shape[:-1], groups, 8), dtype=torch.uint8)
+    for index in range(8):
+        codes[..., index] = (values >> (index * bits)) & ((1 << bits) - 1)
+    # In uint8 the offset wraps around, which is the two's complement of the negative codes.
+    codes -= 1 << (bits - 1)
+    return codes.flatten(-2)[..., :size].contiguous().view(torch.int8)
 
 
 def unpack_word_aligned_codes(packed: torch.Tensor, bits: int, size: int) -> torch.Tensor:
@@ -85,13 +83,9 @@ def unpack_word_aligned_codes(packed: torch.Tensor, bits: int, size: int) -> tor
 
 
 def _pack_bytes(codes: torch.Tensor, bits: int, words: int) -> torch.Tensor:
-    """:func:`pack_codes` for widths that divide a byte: codes never straddle, so bytes do, an eighth of the memory."""
+    """:func:`pack_codes` for widths that divide a byte, in which no code straddles two of them."""
     per_byte = 8 // bits
-    padding = words * 4 * per_byte - codes.shape[-1]
-    offset_binary = codes.view(torch.uint8) + (1 << (bits - 1))
-    if bits < 8:
-        offset_binary &= (1 << bits) - 1
-    columns = torch.nn.functional.pad(offset_binary, (0, padding)).unflatten(-1, (words * 4, per_byte))
+    columns = _offset_binary(codes, bits, words * 4 * per_byte).unflatten(-1, (words * 4, per_byte))
     packed = codes.new_zeros((*codes.shape[:-1], words * 4), dtype=torch.uint8)
     for index in range(per_byte):
         packed |= columns[..., index] << (index * bits)
@@ -100,18 +94,24 @@ def _pack_bytes(codes: torch.Tensor, bits: int, words: int) -> torch.Tensor:
 
 def _unpack_bytes(packed: torch.Tensor, bits: int, size: int) -> torch.Tensor:
     """:func:`unpack_codes` for widths that divide a byte."""
-    # Flat, because a dimension of size one may have any stride, and a view as bytes wants the last one to be 1.
-    packed = packed.clone(memory_format=torch.contiguous_format) if packed.numel() == 1 else packed
-    stored = packed.reshape(-1).view(torch.uint8).reshape(*packed.shape[:-1], packed.shape[-1] * 4)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    codes = stored.unsqueeze(-1) >> shifts
+    codes = _bytes_of_words(packed).unsqueeze(-1) >> shifts
     if bits < 8:
         codes &= (1 << bits) - 1
-    # In uint8 the offset wraps around, which is the two's complement of the negative codes.
     codes -= 1 << (bits - 1)
     return codes.flatten(-2)[..., :size].contiguous().view(torch.int8)
 
 
-def _low_words(values: torch.Tensor) -> torch.Tensor:
-    """The low 32 bits of each int64 as an int32 with the same bits."""
-    return torch.where(values > 0x7FFFFFFF, values - (1 << 32), values).to(torch.int32)
+def _offset_binary(codes: torch.Tensor, bits: int, size: int) -> torch.Tensor:
+    """Codes as ``bits`` unsigned bits in uint8, each row padded with zeros to ``size``."""
+    unsigned = codes.view(torch.uint8) + (1 << (bits - 1))
+    if bits < 8:
+        unsigned &= (1 << bits) - 1
+    return torch.nn.functional.pad(unsigned, (0, size - codes.shape[-1]))
+
+
+def _bytes_of_words(packed: torch.Tensor) -> torch.Tensor:
+    # A single column counts as contiguous whatever its stride, but a view as bytes wants a stride of 1.
+    if packed.stride(-1) != 1:
+        packed = packed.clone(memory_format=torch.contiguous_format)
+    return packed.view(torch.uint8)

@@ -97,8 +97,11 @@ def check_codes(codes: torch.Tensor, args: QuantizationArgs, place: str) -> None
     if codes.numel() == 0:
         return
     if codes.dtype.is_floating_point:
-        bad = codes.isnan()
+        # float8_e4m3fn has no infinity, and NaN is all bits but the sign: found on bytes, a fourth of the time.
+        bad = (codes.view(torch.uint8) & 0x7F) == 0x7F
         allowed = "a finite float8_e4m3fn value"
+    elif args.num_bits == 8 * codes.element_size():
+        return
     else:
         lowest, highest = code_range(args)
         smallest, largest = torch.aminmax(codes)

@@ -8,7 +8,7 @@ from enum import Enum
 
 import torch
 
-from compressed_format import bitpack
+from compressed_format import bitpack, ops
 from compressed_format.config import CompressionFormat, QuantizationArgs, QuantizationStrategy, QuantizationType
 from compressed_format.errors import FormatError, Problem, UnsupportedFormatError
 from compressed_format.formats.base import (
@@ -128,14 +128,14 @@ class PackQuantized(Format):
         if scale is None:
             raise FormatError(problems=[Problem(f"{place}.weight_scale", "is missing")])
         tensors = {
-            "weight_packed": bitpack.pack_codes(codes, args.num_bits),
+            "weight_packed": ops.pack_codes(codes, args.num_bits),
             "weight_scale": scale,
             "weight_shape": torch.tensor(codes.shape, dtype=torch.int64, device=codes.device),
         }
         if zero_point is not None:
             check_codes(zero_point, args, f"{place}.weight_zero_point")
             if self.packs_zero_points(args):
-                zero_point = _along_rows(bitpack.pack_codes, zero_point, args.num_bits)
+                zero_point = _along_rows(ops.pack_codes, zero_point, args.num_bits)
             tensors["weight_zero_point"] = zero_point
         if quantized.g_idx is not None:
             tensors["weight_g_idx"] = quantized.g_idx

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 
 import torch
 
+from compressed_format.bitmask import bytes_of, expand_bitmask, pack_bitmask, unpack_bitmask
 from compressed_format.config import CompressionFormat
 from compressed_format.errors import FormatError, Problem
 from compressed_format.formats.base import FLOAT_DTYPES, TensorSpec, check_tensors
 
-__all__ = ["Sparse24Bitmask", "SparseBitmask", "expand_bitmask", "first_dense_quad", "pack_bitmask", "prune_2_of_4"]
+__all__ = ["Sparse24Bitmask", "SparseBitmask", "first_dense_quad", "prune_2_of_4"]
 
 _VALUE_DTYPES = (*FLOAT_DTYPES, torch.int8, torch.float8_e4m3fn)
 
@@ -143,7 +144,7 @@ def _magnitude(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _select(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return _bytes(weight)[mask].view(weight.dtype)
+    return bytes_of(weight)[mask].view(weight.dtype)
 
 
 def _check_matrix(weight: torch.Tensor, place: str) -> None:
@@ -170,7 +171,7 @@ def _stored_shape(tensors: Mapping[str, torch.Tensor], place: str, expected: tup
 
 
 def _checked_mask(tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], place: str) -> torch.Tensor:
-    mask = _unpack_bitmask(tensors["bitmask"], shape[1])
+    mask = unpack_bitmask(tensors["bitmask"], shape[1])
     values, bits = tensors["compressed"].numel(), int(mask.sum())
     if values != bits:
         raise FormatError(

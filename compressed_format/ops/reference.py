@@ -11,7 +11,7 @@ import torch
 
 from compressed_format import bitpack
 from compressed_format.activations import fake_quantize_activations
-from compressed_format.formats.sparse import expand_bitmask
+from compressed_format.bitmask import expand_bitmask
 from compressed_format.quantization import dequantize_blocks
 
 __all__ = ["dequantize", "embedding", "fake_quantize", "linear"]
