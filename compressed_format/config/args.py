@@ -187,9 +187,14 @@ def _settle_strategy(fields: dict[str, Any], place: str, report: Report) -> None
     """Put the strategy that follows from the group size in the place of none."""
     size = fields.get("group_size", INVALID)
     if size == 0:
-        report.error(child(place, "group_size"), "must be positive, or -1 for one scale per channel, not 0")
-        del fields["group_size"]
-        size = INVALID
+        # Nothing was ever grouped by zero, but a file whose strategy needs no group size may say so.
+        needed = fields.get("strategy") in (None, *_GROUPED)
+        say = report.error if needed else report.doubt
+        say(child(place, "group_size"), "must be positive, or -1 for one scale per channel, not 0")
+        fields["group_size"] = size = None
+        if needed:
+            del fields["group_size"]
+            size = INVALID
     if "strategy" in fields and fields["strategy"] is None:
         if size is INVALID:
             del fields["strategy"]

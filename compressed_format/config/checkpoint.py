@@ -36,7 +36,8 @@ def config_of_checkpoint(
     raw = _find(content, report)
     if raw is None:
         report.finish(name)
-    repeated_keys(raw, "", report)
+    if name:
+        repeated_keys(raw, "", report)
     fields = _todays_form(model, raw, report)
     config = model._read(fields, report, name, hidden=frozenset())
     return config, tuple(report.warnings)

@@ -21,7 +21,7 @@ from compressed_format.config.kinds import Anything, Choice, ListOf, Nullable, N
 from compressed_format.config.model import Model, Object, read_fields
 from compressed_format.config.patterns import Target
 from compressed_format.config.presets import PRESETS, find_preset
-from compressed_format.config.report import INVALID, Report, options, show
+from compressed_format.config.report import INVALID, Report, child, options, show
 from compressed_format.config.scheme import QuantizationScheme, check_activations, format_kind
 from compressed_format.config.sparsity import MoESparsityConfig, SparsityConfig
 from compressed_format.config.transform import TransformConfig
@@ -132,6 +132,9 @@ class QuantizationConfig(Model):
 
     @classmethod
     def rules(cls, fields: dict[str, Any], place: str, report: Report) -> None:
+        for key in fields.get("extra", ()):
+            if key in cls.model_fields and key not in cls.derived:
+                report.error(child(child(place, "extra"), key), "is a key of its own, not an extra one")
         sparsity = fields.get("sparsity_config")
         if sparsity is not None and sparsity.format is CompressionFormat.DENSE:
             # Older releases say so of models without sparsity, and servers refuse what is not empty.

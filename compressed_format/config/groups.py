@@ -90,8 +90,11 @@ def settle_formats(fields: dict[str, Any], place: str, report: Report) -> None:
             continue
         chosen = _format_of_group(scheme, given, fields.get("quantization_status"), report)
         reason = misfit(chosen, scheme.weights)
-        if reason is not None:
-            report.doubt(child(place, "format"), f"{show(chosen)} {reason} ({child('config_groups', name)})")
+        group = child(child(place, "config_groups"), name)
+        if reason is not None and chosen is given:
+            report.doubt(child(place, "format"), f"{show(chosen)} {reason} ({group})")
+        elif reason is not None:
+            report.doubt(child(group, "weights"), f"no format fits: {show(chosen)}, the nearest one, {reason}")
         settled[name] = scheme.model_copy(update={"format": chosen})
     fields["config_groups"] = frozendict(settled)
     found = {scheme.format for scheme in settled.values()} - {_F.DENSE}

@@ -64,6 +64,9 @@ class Integer:
         if not isinstance(number, int):
             report.error(place, f"must be an integer, not {show(value)}")
             return INVALID
+        if number.bit_length() > 63:
+            report.error(place, f"must be an integer of reasonable size, not {show(value)}")
+            return INVALID
         if self.least is not None and number < self.least:
             report.error(place, f"must be at least {self.least}, not {show(value)}")
             return INVALID
@@ -216,7 +219,7 @@ class ListOf:
             report.error(place, f"must be a list, not {show(value)}{hint}")
             return INVALID
         items = [self.kind.read(item, child(place, index), report) for index, item in enumerate(value)]
-        return tuple(item for item in items if item is not INVALID)
+        return INVALID if any(item is INVALID for item in items) else tuple(items)
 
     def schema(self) -> dict[str, Any]:
         items = {"type": "array", "items": self.kind.schema()}

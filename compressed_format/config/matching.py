@@ -23,6 +23,7 @@ class TargetTable:
         self._sorted = self._in_order if patterns == sorted(patterns) else PatternTable(sorted(patterns))
         self._by_classes: dict[tuple[str, ...], str | None] = {}
         self._by_part_of_class: dict[str, str | None] = {}
+        # The names that some target matches: only these can match one that was never the first.
         self._hit_by_name: list[str] = []
         self._matched: set[str] = set()
 
@@ -60,7 +61,6 @@ class TargetTable:
             if target not in self._matched and target not in names and target not in classes
         ]
         patterns = [target for target in pending if is_pattern(target)]
-        # Only a name that some pattern matched can match one that was never the first.
         table = PatternTable(patterns)
         for name in self._hit_by_name if patterns else ():
             while (found := table.first(name)) is not None:
@@ -70,7 +70,10 @@ class TargetTable:
         return [target for target in pending if target not in self._matched]
 
     def _by_name(self, name: str, table: PatternTable) -> str | None:
-        return name if name in self._words else self._by_pattern(name, table)
+        if name in self._words:
+            self._hit_by_name.append(name)
+            return name
+        return self._by_pattern(name, table)
 
     def _by_pattern(self, name: str, table: PatternTable) -> str | None:
         found = table.first(name)

@@ -122,6 +122,7 @@ class PatternTable:
     """
 
     def __init__(self, targets: Sequence[str]) -> None:
+        self.targets = tuple(targets)
         self._deadline: float | None = None
         self._units: list[tuple[Callable[..., Any], tuple[str, ...]]] = []
         self._single: dict[str, Callable[..., Any]] = {}

@@ -161,7 +161,7 @@ _RULES: dict[type[Model], list[_Schema]] = {
     SparsityConfig: [
         _when(
             _given("format", {"const": "sparse-24-bitmask"}),
-            {"properties": {"sparsity_structure": {"enum": ["2:4", "", None]}}},
+            {"properties": {"sparsity_structure": {"enum": ["2:4", None]}}},
         )
     ],
 }

@@ -53,7 +53,9 @@ class SparsityConfig(Model):
         if stored in _NOT_SPARSE:
             report.error(child(place, "format"), _NOT_SPARSE[str(stored)])
         implied = "2:4" if stored is CompressionFormat.SPARSE_24_BITMASK else "unstructured"
-        structure = fields.get("sparsity_structure") or implied
+        structure = fields.get("sparsity_structure")
+        if structure is None:
+            structure = implied
         if stored is CompressionFormat.SPARSE_24_BITMASK and structure != implied:
             report.doubt(child(place, "sparsity_structure"), f'must be "2:4" for {stored}, not {show(structure)}')
         fields["sparsity_structure"] = structure
