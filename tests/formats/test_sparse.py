@@ -7,10 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compressed_format.bitmask import expand_bitmask, pack_bitmask
 from compressed_format.config import CompressionFormat
 from compressed_format.errors import FormatError
 from compressed_format.formats import SPARSITY_FORMATS, prune_2_of_4
-from compressed_format.formats.sparse import expand_bitmask, first_dense_quad, pack_bitmask
+from compressed_format.formats.sparse import first_dense_quad
 from tests.checks import assert_same_bits, hexadecimal
 
 BITMASK = SPARSITY_FORMATS[CompressionFormat.SPARSE_BITMASK]
