@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from compressed_format.config.config import QuantizationConfig
 from compressed_format.config.json_text import parse_json, read_bytes, repeated_keys
 from compressed_format.config.kinds import freeze
-from compressed_format.config.report import INVALID, Report, child, nearest, show
+from compressed_format.config.report import Report, child, nearest, show
 from compressed_format.errors import CheckpointError, Problem
 
 __all__ = ["config_of_checkpoint"]
@@ -89,9 +89,7 @@ def _todays_form(model: type[QuantizationConfig], raw: Mapping[Any, Any], report
         guess = nearest(key, known, cutoff=0.8)
         if guess is not None and guess not in fields:
             report.warn(child("", key), f"unknown key, did you mean {guess}?")
-    extra = freeze(others, "", report)
-    if extra is not INVALID:
-        fields["extra"] = extra
+    fields["extra"] = freeze(others, "", report)
     fields.setdefault("version", None)
     if fields.get("config_groups") is None:
         fields["config_groups"] = {}

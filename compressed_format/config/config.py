@@ -209,17 +209,16 @@ class QuantizationConfig(Model):
         return cast("Self", cls.model_construct(**fields))
 
     def replace(self, **fields: Any) -> Self:
-        """A copy with some fields changed, checked like any other config of an author.
+        """A copy with some fields changed; the changes are checked like an author's.
 
         A new ``format`` without new ``config_groups`` becomes the format of every group with weights.
         """
-        current = dict(self)
-        del current["format"]
+        current = dict(self) | {"format": None}  # it follows from the groups
         if "format" in fields and "config_groups" not in fields:
             current["config_groups"] = frozendict(
                 {name: scheme.model_copy(update={"format": None}) for name, scheme in self.config_groups.items()}
             )
-        return type(self)(**(current | fields))
+        return self._replaced(fields, current)
 
     def format_of(self, scheme: QuantizationScheme) -> CompressionFormat:
         """The format of the tensors of a scheme.

@@ -135,17 +135,15 @@ class Text:
 class Choice:
     """One word out of a closed list.
 
-    ``aliases`` are further spellings, which an author may use too. ``refused`` are words with their reason for
-    refusing them to authors; checkpoints hold them.
+    ``refused`` are words that authors may not use, with the reason; checkpoints may hold them.
     """
 
     words: type[Word]
-    aliases: frozendict[str, Word] = field(default_factory=frozendict)
     refused: frozendict[str, str] = field(default_factory=frozendict)
 
     def allowed(self) -> list[str]:
         """The spellings that an author may use."""
-        return [*(word.value for word in self.words if word.value not in self.refused), *self.aliases]
+        return [word.value for word in self.words if word.value not in self.refused]
 
     def read(self, value: Any, place: str, report: Report) -> Any:
         word = value.lower() if isinstance(value, str) and report.lenient else value
@@ -153,8 +151,6 @@ class Choice:
             if word in self.refused and not report.lenient:
                 report.error(place, self.refused[word])
                 return INVALID
-            if word in self.aliases:
-                return self.aliases[word]
             for member in self.words:
                 if member.value == word:
                     return member

@@ -39,7 +39,7 @@ class TargetTable:
     def first(self, module: NamedModule) -> str | None:
         """The target that vLLM applies: the first in the config's order that matches the name, else the first that
         is part of the name of the module's class, in any case."""
-        found = self._by_pattern(module.name, self._in_order)
+        found = self._by_pattern(module.name, self._in_order)  # the table remembers it, if it is also the sorted one
         if module.name in self._words and (found is None or self._position[module.name] < self._position[found]):
             found = module.name
         if found is not None or not module.classes:
@@ -60,13 +60,11 @@ class TargetTable:
             for target in self.targets
             if target not in self._matched and target not in names and target not in classes
         ]
-        patterns = [target for target in pending if is_pattern(target)]
-        table = PatternTable(patterns)
-        for name in self._hit_by_name if patterns else ():
-            while (found := table.first(name)) is not None:
-                self._matched.add(found)
-                patterns.remove(found)
-                table = PatternTable(patterns)
+        table = PatternTable([target for target in pending if is_pattern(target)])
+        for name in self._hit_by_name:
+            if table.first(name) is not None:
+                self._matched.update(target for target in table.targets if table.matches(target, name))
+                table = PatternTable([target for target in table.targets if target not in self._matched])
         return [target for target in pending if target not in self._matched]
 
     def _by_name(self, name: str, table: PatternTable) -> str | None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar, cast
 
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
@@ -49,8 +50,15 @@ class Model(BaseModel):
         """The rules across the fields of this model, see :data:`Rule`."""
 
     def replace(self, **fields: Any) -> Self:
-        """A copy with some fields changed, checked like any other config of an author."""
-        return type(self)(**(dict(self) | fields))
+        """A copy with some fields changed; the changes are checked like an author's."""
+        return self._replaced(fields, dict(self))
+
+    def _replaced(self, changes: Mapping[str, Any], current: Mapping[str, Any]) -> Self:
+        """A copy of ``current`` with ``changes``. What does not change may come from a lenient reading, and stays."""
+        report = Report()
+        fields = read_fields(type(self), changes, "", report, hidden=frozenset(), current=current)
+        report.finish()
+        return cast("Self", type(self).model_construct(**fields))
 
 
 @dataclass(frozen=True)
@@ -85,11 +93,18 @@ def kind_of(field: FieldInfo) -> Kind:
 
 
 def read_fields(
-    model: type[Model], raw: Mapping[Any, Any], place: str, report: Report, *, hidden: frozenset[str] | None = None
+    model: type[Model],
+    raw: Mapping[Any, Any],
+    place: str,
+    report: Report,
+    *,
+    hidden: frozenset[str] | None = None,
+    current: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The right fields of one object, after reporting the others.
 
-    ``hidden`` are the fields that are no keys; by default those of which the model says so.
+    ``hidden`` are the fields that are no keys; by default those of which the model says so. ``current`` holds values
+    that stand in for those that are missing, before their defaults.
     """
     if hidden is None:
         hidden = model.derived | (model.authors_only if report.lenient else frozenset())
@@ -105,6 +120,8 @@ def read_fields(
             value = kind_of(field).read(raw[name], child(place, name), report)
             if value is not INVALID:
                 fields[name] = value
+        elif name in current:
+            fields[name] = current[name]
         elif field.is_required() and name in known:
             report.error(child(place, name), f"is missing: {field.description}")
         else:

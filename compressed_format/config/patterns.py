@@ -47,8 +47,7 @@ class Target(Text):
         if is_pattern(target):
             problem = pattern_problem(target.removeprefix(PREFIX))
             if problem is not None:
-                report.error(place, f"{show(target)} is no valid pattern: {problem}")
-                return INVALID
+                report.doubt(place, f"{show(target)} is no valid pattern, so it matches nothing: {problem}")
         elif not target:
             report.doubt(place, "is empty and matches at most the model itself")
         elif _LOOKS_LIKE_PATTERN.search(target):
@@ -118,16 +117,17 @@ class PatternTable:
     """Patterns in a fixed order; finds the first that matches a name.
 
     Patterns that can stand side by side are joined into one alternation, so that a name costs one call however many
-    there are. ``targets`` carry their ``re:`` and have passed :func:`pattern_problem`.
+    there are. ``targets`` carry their ``re:``; invalid ones, which checkpoints may hold, match nothing.
     """
 
     def __init__(self, targets: Sequence[str]) -> None:
-        self.targets = tuple(targets)
+        self.targets = tuple(target for target in targets if pattern_problem(target.removeprefix(PREFIX)) is None)
         self._deadline: float | None = None
+        self._latest: tuple[str | None, str | None] = (None, None)
         self._units: list[tuple[Callable[..., Any], tuple[str, ...]]] = []
         self._single: dict[str, Callable[..., Any]] = {}
         joined: list[str] = []
-        for target in targets:
+        for target in self.targets:
             pattern = target.removeprefix(PREFIX)
             self._single[target] = _compile(pattern).match
             if _can_be_joined(pattern):
@@ -151,6 +151,13 @@ class PatternTable:
 
     def first(self, name: str) -> str | None:
         """The first target of the table that matches ``name``."""
+        latest, result = self._latest
+        if latest != name:
+            result = self._first(name)
+            self._latest = (name, result)
+        return result
+
+    def _first(self, name: str) -> str | None:
         for match, targets in self._units:
             found = self._run(match, targets, name)
             if found is not None:

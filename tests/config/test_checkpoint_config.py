@@ -176,6 +176,11 @@ def test_a_format_for_all_groups() -> None:
     assert list(warnings) == ["format"]
 
 
+def test_sparsity_has_formats_of_its_own() -> None:
+    raw = {"quant_method": "compressed-tensors", "sparsity_config": {"format": "pack-quantized", "targets": ["Linear"]}}
+    assert list(errors(raw)) == ["sparsity_config.format"]
+
+
 def test_groups_that_mix_formats_are_an_error_in_any_file() -> None:
     raw = {"config_groups": {"g": {"targets": ["Linear"], "weights": W4A16, "format": "mixed-precision"}}}
     assert list(errors(raw)) == ["config_groups.g.format"]

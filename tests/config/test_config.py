@@ -440,9 +440,10 @@ def test_replace() -> None:
 
 
 def test_what_a_checkpoint_says_survives_replace() -> None:
-    odd = {"config_groups": {"a": group(weights=INT4 | {"dynamic": True})}, "hello": [1]}
+    odd = {"config_groups": {"a": group(weights=INT4 | {"dynamic": True})}, "hello": [1], "ignore": [".*", "re:("]}
     read, warned = QuantizationConfig.from_checkpoint(odd)
-    assert len(warned) == 1
+    assert len(warned) == 3
+    assert read.replace(version="1").ignore == (".*", "re:(")
     again = read.replace(ignore=["x"])
     assert (again.extra, again.config_groups) == (read.extra, read.config_groups)
 

@@ -242,6 +242,7 @@ def _model() -> Model:
         mlp__experts=Experts(),
         attn=LlamaAttention(),
         lazy=nn.LazyLinear(3),
+        mlp__lazy=nn.LazyConv2d(3, 3),
     )
 
 
@@ -299,6 +300,14 @@ def test_modules_of_the_peer_are_no_targets() -> None:
 def test_linear_base_counts_as_linear() -> None:
     names = {"a": ("RowParallelLinear", "LinearBase"), "b": "LinearBase"}
     assert groups_of(resolve_targets(names, config(a=group("Linear")))) == {"a": "a", "b": "a"}
+
+
+def test_invalid_patterns_of_a_checkpoint_match_nothing() -> None:
+    raw = {"config_groups": {"a": group("Linear", "re:(")}, "ignore": ["re:*"]}
+    read, _ = QuantizationConfig.from_checkpoint(raw)
+    resolution = resolve_targets(["x"], read)
+    assert groups_of(resolution) == {"x": "a"}
+    assert said(resolution) == ['config_groups.a.targets: "re:(" matches no module', 'ignore: "re:*" matches no module']
 
 
 def test_ignore_is_expanded() -> None:
