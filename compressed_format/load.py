@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from compressed_format.checkpoint import read_checkpoint
+from compressed_format.checkpoint import TensorSpec, read_checkpoint
 from compressed_format.compression import attach_config
 from compressed_format.config import QuantizationConfig
 from compressed_format.errors import CheckpointError, CompressedFormatWarning, Problem
-from compressed_format.skeleton import Skeleton
+from compressed_format.skeleton import Skeleton, dtype_misfit
 
 __all__ = ["load_compressed"]
 
@@ -62,59 +63,82 @@ def _fill(model: nn.Module, path: Path, config: QuantizationConfig, dtype: torch
     skeleton = Skeleton(model, config, {name: checkpoint.spec(name) for name in checkpoint})
     problems = [*skeleton.problems]
     expected = model.state_dict(keep_vars=True)
-    shared: dict[int, list[str]] = {}
-    for name, value in model.named_parameters(remove_duplicate=False):
-        shared.setdefault(id(value), []).append(name)
+    places: dict[int, list[str]] = defaultdict(list)
+    for name, value in expected.items():
+        places[id(value)].append(name)
     loaded: dict[str, torch.Tensor] = {}
     for name in checkpoint:
-        if name not in expected:
-            if name not in skeleton.explained:
-                problems.append(Problem(name, "is in the checkpoint, but the model has no such tensor"))
+        if name in skeleton.explained:
             continue
-        value, stored = expected[name], checkpoint.spec(name)
-        if tuple(value.shape) != tuple(stored.shape):
-            message = f"has shape {list(stored.shape)} in the checkpoint, and {list(value.shape)} in the model"
-            if name not in skeleton.explained:
-                problems.append(Problem(name, message))
-            continue
-        tensor = checkpoint[name]
-        if value.is_floating_point() != tensor.is_floating_point():
-            problems.append(Problem(name, f"has dtype {stored.dtype} in the checkpoint, expected {value.dtype}"))
-            continue
-        if dtype is not None and tensor.is_floating_point() and name not in skeleton.packed:
-            tensor = tensor.to(dtype)
-        loaded[name] = tensor
-    for name, value in expected.items():
-        twins = shared.get(id(value), [name])
-        if name not in loaded and name not in skeleton.explained and not any(twin in loaded for twin in twins):
-            problems.append(Problem(name, "is missing from the checkpoint"))
-    persistent = set(expected)
+        problem = _misfit(checkpoint.spec(name), expected.get(name), packed=name in skeleton.packed)
+        if problem is not None:
+            problems.append(Problem(name, problem))
+        else:
+            loaded[name] = checkpoint[name]
+    known = loaded.keys() | skeleton.explained | {problem.place for problem in problems}
+    for names in places.values():
+        if known.isdisjoint(names):
+            problems.append(Problem(names[0], "is missing from the checkpoint"))
+        found = [name for name in names if name in loaded]
+        problems += [
+            Problem(name, f"is not equal to {found[0]} in the checkpoint, and the model has one tensor for both")
+            for name in found[1:]
+            if not torch.equal(_comparable(loaded[name]), _comparable(loaded[found[0]]))
+        ]
     for name, buffer in model.named_buffers():
-        if buffer.is_meta and name not in persistent:
+        if buffer.is_meta and name not in expected:
             message = "is a non-persistent buffer on the meta device, which no checkpoint holds; build it on the CPU"
             problems.append(Problem(name, message))
     if problems:
         raise CheckpointError(f"{path} does not fit the model:", problems)
-    _assign(model, loaded, expected, shared)
-    skeleton.finish(dtype)
+    uncompressed = [
+        name for name, tensor in loaded.items() if tensor.is_floating_point() and name not in skeleton.packed
+    ]
+    if dtype is not None:
+        loaded |= {name: loaded[name].to(dtype) for name in uncompressed}
+    for names in places.values():
+        tensor = next((loaded[name] for name in names if name in loaded), None)
+        if tensor is not None:
+            _assign(model, names, tensor)
+    # Where nothing is uncompressed, scales tell the dtype of the model they were found in.
+    usual = _usual_dtype(loaded[name] for name in uncompressed) or _usual_dtype(loaded.values())
+    skeleton.finish(dtype or usual)
     attach_config(model, skeleton.config)
     return model
 
 
-def _assign(
-    model: nn.Module,
-    loaded: Mapping[str, torch.Tensor],
-    expected: Mapping[str, torch.Tensor],
-    shared: Mapping[int, list[str]],
-) -> None:
-    """Put the loaded tensors in place; parameters that were one object stay one."""
-    for name, tensor in loaded.items():
-        value = expected[name]
-        if isinstance(value, nn.Parameter):
-            parameter = nn.Parameter(tensor, requires_grad=value.requires_grad)
-            for twin in shared[id(value)]:
-                parent, _, child = twin.rpartition(".")
-                model.get_submodule(parent)._parameters[child] = parameter
-        else:
-            parent, _, child = name.rpartition(".")
-            model.get_submodule(parent)._buffers[child] = tensor
+def _misfit(stored: TensorSpec, value: Any, *, packed: bool) -> str | None:
+    """Why a tensor of the checkpoint cannot become ``value`` in the model, or None."""
+    if not isinstance(value, torch.Tensor):
+        return "is in the checkpoint, but the model has no such tensor"
+    if tuple(value.shape) != tuple(stored.shape):
+        return f"has shape {list(stored.shape)} in the checkpoint, and {list(value.shape)} in the model"
+    return None if packed else dtype_misfit(stored, value.dtype)
+
+
+def _usual_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype | None:
+    """The dtype of most of the floats of 16 bits and more, or None where there are none."""
+    counts: Counter[torch.dtype] = Counter()
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.dtype.itemsize >= 2:
+            counts[tensor.dtype] += tensor.numel()
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def _comparable(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+
+
+def _assign(model: nn.Module, names: Iterable[str], tensor: torch.Tensor) -> None:
+    """Put a loaded tensor in every place of one parameter or buffer, which stay one."""
+    new: nn.Parameter | None = None
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        module = model.get_submodule(parent)
+        if child in module._buffers:
+            module._buffers[child] = tensor
+            continue
+        old = module._parameters[child]
+        if new is None:
+            new = nn.Parameter(tensor, requires_grad=old is not None and old.requires_grad)
+        module._parameters[child] = new

@@ -14,7 +14,13 @@ from torch import nn
 
 from compressed_format.checkpoint import write_checkpoint
 from compressed_format.compression import config_of
-from compressed_format.config import FORMAT_VERSION, QuantizationConfig, expand_ignore, resolve_targets
+from compressed_format.config import (
+    FORMAT_VERSION,
+    QuantizationConfig,
+    QuantizationStatus,
+    expand_ignore,
+    resolve_targets,
+)
 from compressed_format.errors import CheckpointError, CompressedFormatWarning, ConfigError, FormatError, Problem
 from compressed_format.linear import compressed_modules
 
@@ -47,7 +53,7 @@ def save_compressed(
     """
     config = _saved_config(model)
     names = _checkpoint_names(model)
-    config = config.replace(ignore=tuple(_renamed(entry, names) for entry in config.ignore))
+    config = config.model_copy(update={"ignore": tuple(_renamed(entry, names) for entry in config.ignore)})
     if config.sparsity_config is not None:
         message = (
             "this checkpoint is sparse: it loads here and in compressed-tensors up to 0.14, "
@@ -58,7 +64,7 @@ def save_compressed(
     if folder is None and _is_pretrained(model):
         message = "no source folder is known for this model, so no tokenizer was written; pass source="
         warnings.warn(message, CompressedFormatWarning, stacklevel=2)
-    files = _files(model, folder)
+    files = _files(model, folder, Path(path))
     files["config.json"] = _config_json(model, folder, config)
     write_checkpoint(
         path, _tensors(model, names), files=files, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
@@ -84,17 +90,20 @@ def _saved_config(model: nn.Module) -> QuantizationConfig:
         raise FormatError("the model is not what its config says:", problems)
     left_dense = [name for name in resolution.assignments if name not in compressed]
     ignore = dict.fromkeys((*config.ignore, *expand_ignore(model, resolution), *left_dense))
-    return config.replace(ignore=tuple(ignore), quantization_status="compressed", version=FORMAT_VERSION)
+    # A config that was read with warnings would not pass as an author's; what is changed here needs no check.
+    changes = {
+        "ignore": tuple(ignore),
+        "quantization_status": QuantizationStatus.COMPRESSED,
+        "version": FORMAT_VERSION,
+    }
+    return config.model_copy(update=changes)
 
 
 def _tensors(model: nn.Module, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """The state dict under checkpoint names, each shared parameter once."""
-    state = model.state_dict()
-    seen: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in state and seen.setdefault(id(parameter), name) != name:
-            del state[name]
-    return {names.get(name, name): tensor for name, tensor in state.items()}
+    """The state dict under checkpoint names, each shared parameter and buffer once."""
+    first: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    return {names[name]: tensor for name, tensor in state.items() if first.setdefault(id(tensor), name) == name}
 
 
 def _is_pretrained(model: nn.Module) -> bool:
@@ -130,15 +139,20 @@ def _source_folder(model: nn.Module, source: str | os.PathLike[str] | None) -> P
     return Path(known) if known and Path(known).is_dir() else None
 
 
-def _files(model: nn.Module, folder: Path | None) -> dict[str, bytes | Path]:
-    """Tokenizer, templates, code and whatever else of ``folder`` is no weight; hidden folders stay behind."""
+def _files(model: nn.Module, folder: Path | None, destination: Path) -> dict[str, bytes | Path]:
+    """Tokenizer, templates, code and whatever else of ``folder`` is no weight.
+
+    Hidden folders stay behind, and so does what an earlier save to a ``destination`` inside ``folder`` has left.
+    """
     files: dict[str, bytes | Path] = {}
     if folder is not None:
+        earlier = destination.resolve()
         for found in sorted(folder.rglob("*")):
             name = found.relative_to(folder)
             hidden = any(part.startswith(".") for part in name.parts)
             weights = any(found.name.endswith(suffix) for suffix in _WEIGHT_SUFFIXES)
-            if found.is_file() and not hidden and not weights and str(name) != "config.json":
+            left = folder.resolve() != earlier and earlier in (folder.resolve() / name).parents
+            if found.is_file() and not (hidden or weights or left) and str(name) != "config.json":
                 files[name.as_posix()] = found
     generation: Any = getattr(model, "generation_config", None)
     if "generation_config.json" not in files and hasattr(generation, "to_json_string"):

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import torch
+from frozendict import frozendict
 from torch import nn
 
 from compressed_format.config import (
+    FORMAT_VERSION,
     Assignment,
     CompressionFormat,
     QuantizationConfig,
@@ -22,13 +24,13 @@ from compressed_format.config import (
 )
 from compressed_format.dtypes import DTYPES, torch_dtype
 from compressed_format.errors import CompressedFormatWarning, FormatError, Problem, UnsupportedFormatError
-from compressed_format.formats import FORMATS, PackLayout, PackQuantized, pack_layout
-from compressed_format.formats.base import TensorSpec
+from compressed_format.formats import FORMATS, SPARSITY_FORMATS, PackLayout, PackQuantized, pack_layout
+from compressed_format.formats.base import TensorSpec, check_scales, decode_g_idx
 from compressed_format.formats.module import check_runnable, module_tensor_specs
 from compressed_format.linear import CompressedEmbedding, CompressedLinear, CompressedModule
 from compressed_format.quantization import QuantizedWeight
 
-__all__ = ["Skeleton", "StoredTensor"]
+__all__ = ["Skeleton", "StoredTensor", "dtype_misfit"]
 
 # Scales of a quantized KV cache, on attention modules; `output_scale` on k_proj and v_proj is their name of 2024.
 _CACHE_SUFFIXES = frozenset(f"{part}_{what}" for part in "qkv" for what in ("scale", "zero_point"))
@@ -51,19 +53,28 @@ class StoredTensor(Protocol):
 class Skeleton:
     """Swaps compressed modules, on the meta device, into ``model`` for what ``config`` targets.
 
-    ``stored`` describes the checkpoint's tensors by the model's names for them. Afterwards ``problems`` holds what
+    ``stored`` describes the checkpoint's tensors by the model's names for them. ``tied`` maps parameters that will be
+    tied once they are loaded to those they will be; others share one already. Afterwards ``problems`` holds what
     does not fit, ``packed`` the names that must keep their stored dtype, and ``explained`` the names that need no
     further word, because a problem or a warning has told of them.
 
     Raises :class:`UnsupportedFormatError` for everything that would not run correctly, by feature and module.
     """
 
-    def __init__(self, model: nn.Module, config: QuantizationConfig, stored: Mapping[str, StoredTensor]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: QuantizationConfig,
+        stored: Mapping[str, StoredTensor],
+        *,
+        tied: Mapping[str, str] = frozendict(),
+    ) -> None:
         self.model, self.config = model, config
         self.problems: list[Problem] = []
         self.packed: set[str] = set()
         self.explained: set[str] = set()
-        self._stored = stored
+        self._names = _names_of_modules(model)
+        self._twins = _modules_sharing_weights(model, tied)
         self._modules: dict[str, CompressedModule] = {}
         resolution = resolve_targets(model, config)
         for problem in resolution.warnings:
@@ -73,20 +84,37 @@ class Skeleton:
         for name, tensor in stored.items():
             module, _, suffix = name.rpartition(".")
             by_module.setdefault(module, {})[suffix] = tensor
+        without_weight: dict[str, Assignment] = {}
         for name, assignment in resolution.assignments.items():
-            # Without any tensor of its own it is tied to another module, or missing, which the loader will tell.
-            if name in by_module:
-                self._swap(name, assignment, by_module[name])
+            owns = [place for place in self._names[name] if _holds_weight(by_module.get(place, {}))]
+            if owns:
+                self._swap(name, assignment, by_module[owns[0]])
+            else:
+                without_weight[name] = assignment
+        for name, assignment in without_weight.items():
+            self._swap_twin(name, assignment, by_module, resolution.assignments)
         self._keep_cache_scales(by_module)
 
     def finish(self, dtype: torch.dtype | None = None) -> None:
-        """Check what only the values tell, and re-encode layouts that are read but not run. Call it once, last."""
+        """Check what only the values tell, and re-encode layouts that are read but not run. Call it once, last.
+
+        ``dtype`` becomes that of the compressed modules' weights and of embeddings looked up.
+        """
         problems: list[Problem] = []
+        done: dict[nn.Parameter | None, CompressedModule] = {}
         re_encoded = {"word-aligned": 0, "unpacked zero-point": 0, "marlin-24": 0}
         for name, module in self._modules.items():
             if dtype is not None:
                 module.dtype = dtype
+            weight = module._parameters[module._weight_name]
+            if weight in done:
+                _share_weight(module, done[weight])
+                continue
+            done[weight] = module
+            if any(parameter.is_meta for parameter in module.parameters()):
+                continue  # kept on disk by whoever loads the model
             try:
+                _check_values(name, module)
                 legacy = _modernize(name, module, self.config.version)
             except FormatError as error:
                 problems.extend(error.problems)
@@ -99,9 +127,17 @@ class Skeleton:
             if count:
                 message = f"{count} modules were stored in the {legacy} layout, and are held as pack-quantized now"
                 warnings.warn(message, CompressedFormatWarning, stacklevel=4)
-        self.config = _without_marlin(self.config)
+        if any(re_encoded.values()):
+            self.config = _without_marlin(self.config).model_copy(update={"version": FORMAT_VERSION})
 
-    def _swap(self, name: str, assignment: Assignment, stored: Mapping[str, StoredTensor]) -> None:
+    def _swap(
+        self,
+        name: str,
+        assignment: Assignment,
+        stored: Mapping[str, StoredTensor],
+        twin: CompressedModule | None = None,
+    ) -> None:
+        """Put a compressed module wherever the module ``name`` is; it shares its weight with ``twin``."""
         module = self.model.get_submodule(name)
         assert isinstance(module, (nn.Linear, nn.Embedding))  # nothing else is ever assigned
         shape = (module.weight.shape[0], module.weight.shape[1])
@@ -127,10 +163,45 @@ class Skeleton:
             # Old releases stored the zero points of symmetric schemes too; they mean nothing.
             self.explained.add(f"{name}.{suffix}")
         compressed = _compressed(module, tensors, shape, assignment)
-        self.packed.update(f"{name}.{suffix}" for suffix in tensors)
+        if twin is not None:
+            _share_weight(compressed, twin)
         self._modules[name] = compressed
-        parent, _, child = name.rpartition(".")
-        setattr(self.model.get_submodule(parent), child, compressed)
+        for place in self._names[name]:
+            self.packed.update(f"{place}.{suffix}" for suffix in tensors)
+            parent, _, child = place.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, compressed)
+
+    def _swap_twin(
+        self,
+        name: str,
+        assignment: Assignment,
+        by_module: Mapping[str, Mapping[str, StoredTensor]],
+        assignments: Mapping[str, Assignment],
+    ) -> None:
+        """As :meth:`_swap`, for a module without a weight of its own: it is tied to another one, or misses it."""
+        own = by_module.get(name, {})
+        for other in self._twins.get(name, ()):
+            if other not in assignments:
+                if "weight" in by_module.get(other, {}):
+                    message = (
+                        f"is that of {other}, which is stored dense, but {assignment.reason}; list {name} in ignore"
+                    )
+                    self.problems.append(Problem(f"{name}.weight", message))
+                    self.explained.add(f"{name}.weight")
+                    return
+            elif other in self._modules:
+                if _likeness(assignments[other]) != _likeness(assignment):
+                    message = f"is that of {other}, where {assignments[other].reason}, but {assignment.reason}"
+                    self.problems.append(Problem(f"{name}.weight", message))
+                    self.explained.add(f"{name}.weight")
+                    return
+                stored = next(
+                    by_module[place] for place in self._names[other] if _holds_weight(by_module.get(place, {}))
+                )
+                weight = {suffix: tensor for suffix, tensor in stored.items() if not _is_own(suffix)}
+                self._swap(name, assignment, {**own, **weight}, self._modules[other])
+                return
+        self._swap(name, assignment, own)
 
     def _explain(
         self,
@@ -234,9 +305,87 @@ def _modernize(name: str, module: CompressedModule, version: str | None) -> str 
             return None
         quantized = PackQuantized().decode(tensors, args, place=name, layout=layout)
     module.replace_weight(_encode_packed(quantized, module.scheme, name), CompressionFormat.PACK_QUANTIZED)
-    if marlin:
+    if marlin and module.scheme is not None:
+        module.scheme = _as_packed(module.scheme)
         return "marlin-24"
     return "word-aligned" if layout is PackLayout.WORD_ALIGNED else "unpacked zero-point"
+
+
+def dtype_misfit(stored: StoredTensor, expected: torch.dtype) -> str | None:
+    """Why an uncompressed tensor cannot have been stored for one of the dtype ``expected``, or None.
+
+    Any float of 16 bits and more will do for another; a narrower one has lost its scale.
+    """
+    found = torch_dtype(stored.dtype)
+    wide = found.is_floating_point and found.itemsize >= 2
+    if found == expected or (wide and expected.is_floating_point and expected.itemsize >= 2):
+        return None
+    return f"has dtype {stored.dtype} in the checkpoint, expected {str(expected).removeprefix('torch.')}"
+
+
+def _check_values(name: str, module: CompressedModule) -> None:
+    """Raise :class:`FormatError` for values that would spoil whatever is computed with them."""
+    tensors = {suffix: value.data for suffix, value in module._parameters.items() if value is not None}
+    for suffix in tensors.keys() & {"weight_scale", "input_scale", "output_scale"}:
+        check_scales(tensors[suffix], f"{name}.{suffix}")
+    columns = module._weight_shape[1]
+    if "weight_g_idx" in tensors:
+        groups = tensors["weight_scale"].shape[-1]
+        if decode_g_idx(tensors["weight_g_idx"], columns, groups, name) is None:
+            del module._parameters["weight_g_idx"]  # never set by the release that wrote it
+    if module.sparsity is not None:
+        expected, found = list(module._weight_shape), tensors["shape"].flatten().tolist()
+        if found != expected:
+            message = f"says {found}, but the module's weight is {expected}"
+            raise FormatError(problems=[Problem(f"{name}.shape", message)])
+        SPARSITY_FORMATS[module.sparsity].decode(tensors, place=name)
+
+
+def _names_of_modules(model: nn.Module) -> dict[str, list[str]]:
+    """All names of each module by its first one; a module that sits in several places has several."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return {found[0]: found for found in names.values()}
+
+
+def _modules_sharing_weights(model: nn.Module, tied: Mapping[str, str]) -> dict[str, list[str]]:
+    """For each module with a weight: the others that have the same one, or will have it by ``tied``."""
+    weights = {
+        name: id(module._parameters["weight"])
+        for name, module in model.named_modules()
+        if module._parameters.get("weight") is not None
+    }
+    for target, source in tied.items():
+        names = target.removesuffix(".weight"), source.removesuffix(".weight")
+        if all(name in weights for name in names):
+            weights[names[0]] = weights[names[1]]
+    owners: dict[int, list[str]] = {}
+    for name, weight in weights.items():
+        owners.setdefault(weight, []).append(name)
+    return {name: [other for other in owners[weight] if other != name] for name, weight in weights.items()}
+
+
+def _holds_weight(stored: Mapping[str, StoredTensor]) -> bool:
+    return not all(_is_own(suffix) for suffix in stored)
+
+
+def _is_own(suffix: str) -> bool:
+    """Whether a tensor belongs to the module itself, rather than to a weight that may be tied to another's."""
+    return suffix == "bias" or suffix.startswith(("input_", "output_"))
+
+
+def _likeness(assignment: Assignment) -> object:
+    """What two modules must have in common to share a compressed weight."""
+    return (assignment.scheme and assignment.scheme.weights, assignment.format, assignment.sparsity)
+
+
+def _share_weight(module: CompressedModule, twin: CompressedModule) -> None:
+    own = {suffix: value for suffix, value in module._parameters.items() if _is_own(suffix)}
+    weight = {suffix: value for suffix, value in twin._parameters.items() if not _is_own(suffix)}
+    module._parameters.clear()
+    module._parameters.update(weight | own)
+    module.format = twin.format
 
 
 def _encode_packed(
@@ -279,9 +428,11 @@ def _without_marlin(config: QuantizationConfig) -> QuantizationConfig:
     if all(config.format_of(scheme) is not CompressionFormat.MARLIN_24 for scheme in config.config_groups.values()):
         return config
     groups = {
-        name: scheme.model_copy(update={"format": CompressionFormat.PACK_QUANTIZED})
-        if config.format_of(scheme) is CompressionFormat.MARLIN_24
-        else scheme
+        name: _as_packed(scheme) if config.format_of(scheme) is CompressionFormat.MARLIN_24 else scheme
         for name, scheme in config.config_groups.items()
     }
-    return config.replace(config_groups=groups, format=CompressionFormat.PACK_QUANTIZED)
+    return config.replace(config_groups=groups)
+
+
+def _as_packed(scheme: QuantizationScheme) -> QuantizationScheme:
+    return scheme.model_copy(update={"format": CompressionFormat.PACK_QUANTIZED})

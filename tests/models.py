@@ -183,7 +183,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 def edit_tensors(folder: Path, drop: tuple[str, ...] = (), **changes: torch.Tensor) -> None:
     """Change, add or drop tensors of a checkpoint of one file."""
     tensors = {name: tensor for name, tensor in read_tensors(folder).items() if name not in drop}
-    save_file(tensors | changes, folder / "model.safetensors")
+    save_file(tensors | {name: tensor.clone() for name, tensor in changes.items()}, folder / "model.safetensors")
 
 
 class recorded_warnings(warnings.catch_warnings):  # noqa: N801  # reads like the function it is used as
@@ -203,3 +203,14 @@ class recorded_warnings(warnings.catch_warnings):  # noqa: N801  # reads like th
         assert self._found is not None
         self.texts += [str(warning.message) for warning in self._found]
         super().__exit__(*exception)
+
+
+def file_backed(tensor: torch.Tensor) -> str | None:
+    """The file whose mapping holds the memory of a tensor, or None."""
+    address = tensor.data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, *_, name = line.split(maxsplit=5) if len(line.split()) > 5 else (line.split()[0], "")
+        start, stop = (int(address, 16) for address in addresses.split("-"))
+        if start <= address < stop:
+            return name or None
+    return None

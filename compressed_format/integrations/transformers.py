@@ -24,7 +24,7 @@ from compressed_format.compression import attach_config
 from compressed_format.config import QuantizationConfig
 from compressed_format.errors import CheckpointError, Problem
 from compressed_format.linear import compressed_modules
-from compressed_format.skeleton import Skeleton, StoredTensor
+from compressed_format.skeleton import Skeleton, StoredTensor, dtype_misfit
 
 __all__ = ["checkpoint_names", "load_pretrained"]
 
@@ -67,7 +67,17 @@ class CompressedFormatQuantizer(HfQuantizer):
         for file in checkpoint_files or []:
             checkpoint = read_checkpoint(file)
             stored.update({name: checkpoint.spec(name) for name in checkpoint})
-        self.skeleton = Skeleton(model, self.config, _by_model_name(model, stored))
+        named = _by_model_name(model, stored)
+        state = model.state_dict()
+        tied: Any = model.all_tied_weights_keys
+        self.skeleton = Skeleton(model, self.config, named, tied=tied)
+        _retie(model)
+        for name, tensor in named.items():
+            problem = (
+                None if name in self.skeleton.packed or name not in state else dtype_misfit(tensor, state[name].dtype)
+            )
+            if problem is not None and name not in self.skeleton.explained:
+                self.skeleton.problems.append(Problem(name, problem))
         for module in compressed_modules(model).values():
             module._is_hf_initialized = True
 
@@ -129,6 +139,7 @@ def load_pretrained(
         raise CheckpointError(f"{path} does not fit the model {model_class.__name__}:", problems)
     skeleton.finish(dtype)
     attach_config(model, skeleton.config)
+    model.config.quantization_config = CompressedFormatConfig(**skeleton.config.to_dict())
     loaded: nn.Module = model
     return loaded
 
@@ -168,6 +179,24 @@ def _by_model_name(model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, 
             if f"{prefixed}.weight" in state:
                 state.setdefault(f"{prefixed}.{suffix}", state[f"{prefixed}.weight"])
     return {rename_source_key(name, renamings, [], prefix, state)[0]: tensor for name, tensor in stored.items()}
+
+
+def _retie(model: Any) -> None:
+    """Make transformers tie the tensors of compressed modules, where these share a weight, and no others of theirs."""
+    compressed = compressed_modules(model)
+    tied: dict[str, str] = {}
+    for target, source in model.all_tied_weights_keys.items():
+        own, other = (compressed.get(name.rpartition(".")[0]) for name in (target, source))
+        if own is None and other is None:
+            tied[target] = source
+        elif own is not None and other is not None:
+            for suffix, parameter in own._parameters.items():
+                if parameter is not None and parameter is other._parameters.get(suffix):
+                    tied[target.removesuffix("weight") + suffix] = source.removesuffix("weight") + suffix
+    if tied != model.all_tied_weights_keys:
+        model.all_tied_weights_keys = tied
+        # Asked again whenever transformers ties anew, as when embeddings are resized.
+        model._tied_weights_keys = dict(tied)
 
 
 def _model_class(config: Any, from_pretrained: Mapping[str, Any]) -> Any:
