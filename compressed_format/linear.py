@@ -7,7 +7,8 @@ They are not trainable. ``module.weight`` dequantizes on every access; ``forward
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -58,7 +59,7 @@ class CompressedModule(nn.Module):
         rows, columns = (1, shape[1]) if weights is None else block_shape(weights, shape)
         self._layout = (8 if weights is None else weights.num_bits, shape[1], max(rows, 1), max(columns, 1))
         self._weight_shape = shape
-        self._weight_name = next(name for name in ("weight_packed", "compressed", "weight") if name in tensors)
+        self._weight_name = _name_of_codes(tensors)
         self._input = _activation_arguments(None if scheme is None else scheme.input_activations)
         self._output = _activation_arguments(None if scheme is None else scheme.output_activations)
         for name, tensor in tensors.items():
@@ -90,6 +91,7 @@ class CompressedModule(nn.Module):
         for name, tensor in tensors.items():
             self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
         self._parameters.update(kept)
+        self._weight_name = _name_of_codes(tensors)
         self.format = format
 
     def _weight_tensors(self) -> tuple[torch.Tensor | None, ...]:
@@ -149,11 +151,50 @@ class CompressedModule(nn.Module):
             return
         super().__setattr__(name, value)
 
+    def __getstate__(self) -> dict[str, Any]:
+        parameters = {
+            name: value if value is None or value.dtype != torch.float8_e4m3fn else _Envelope.of(value)
+            for name, value in self._parameters.items()
+        }
+        state = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "_parameters": parameters}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A shallow copy does not open what it copies.
+        parameters = {
+            name: value.parameter if isinstance(value, _Envelope) else value
+            for name, value in state["_parameters"].items()
+        }
+        super().__setstate__({**state, "_parameters": parameters})  # type: ignore[no-untyped-call]
+
     def _describe(self) -> str:
         parts = [] if self.scheme is None else [describe_scheme(self.scheme)]
         parts += [self.format.value] if self.sparsity is None else [self.format.value, self.sparsity.value]
         size = sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
         return ", ".join(part for part in (*parts, f"{size:,} bytes") if part)
+
+
+class _Envelope:
+    """A float8 parameter as pickle can carry it: torch pickles float8 tensors, and fails to read them back.
+
+    There is one for each parameter at a time, so that parameters which modules share stay shared.
+    """
+
+    _open: ClassVar[WeakValueDictionary[int, _Envelope]] = WeakValueDictionary()
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = parameter
+
+    @classmethod
+    def of(cls, parameter: nn.Parameter) -> _Envelope:
+        return cls._open.setdefault(id(parameter), cls(parameter))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _float8_parameter, (self.parameter.detach().view(torch.uint8),)
+
+
+def _float8_parameter(values: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(values.view(torch.float8_e4m3fn), requires_grad=False)
 
 
 class CompressedLinear(CompressedModule, nn.Linear):  # type: ignore[override]  # weight is computed
@@ -247,6 +288,10 @@ def _describe_args(args: QuantizationArgs) -> str:
         size = f" {args.group_size}"
     kind = "dynamic" if args.dynamic else ("symmetric" if args.symmetric else "asymmetric")
     return f"{args.type.value}{args.num_bits} {args.strategy.value}{size} {kind}"
+
+
+def _name_of_codes(tensors: Mapping[str, torch.Tensor]) -> str:
+    return next(name for name in ("weight_packed", "compressed", "weight") if name in tensors)
 
 
 def _replaces(value: Any, held: nn.Parameter | None) -> bool:
