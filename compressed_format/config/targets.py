@@ -125,7 +125,8 @@ class _Resolver:
             if self.sparsity is not None and module.is_compressible:
                 self._assign_sparsity(module)
         if self.errors:
-            raise TargetError(f"{len(self.errors)} targets that cannot be compressed:", self.errors)
+            count = len(self.errors)
+            raise TargetError(f"{count} modules that cannot be compressed:" if count > 1 else "", self.errors)
         self.warnings += [
             Problem(names[0] or "(the model)", message + (f" (and {len(names) - 1} more)" if len(names) > 1 else ""))
             for message, names in self.alike.items()
