@@ -122,11 +122,11 @@ def read_config(config: ConfigLike) -> QuantizationConfig:
         path = Path(config)
     except TypeError as error:
         found = type(config).__name__
-        message = f"a config is a QuantizationConfig, a mapping, a path or a preset's name, not a {found}"
+        message = f"a config is a QuantizationConfig, a mapping, a path or a preset's name, not {found}"
         raise ConfigError(message) from error
     if isinstance(config, str) and config.upper() in PRESETS:
         return QuantizationConfig.preset(config)
-    if isinstance(config, str) and not path.suffix and len(path.parts) == 1 and not path.exists():
+    if isinstance(config, str) and not path.suffix and len(path.parts) == 1 and not os.path.lexists(path):
         return QuantizationConfig.preset(config)  # says which presets there are
     return QuantizationConfig.from_file(path)
 
@@ -179,7 +179,7 @@ def _tied_weights(model: nn.Module) -> dict[str, tuple[str, ...]]:
     for name, module in model.named_modules():
         for suffix, parameter in module._parameters.items():
             if parameter is not None:
-                owners[id(parameter)].append(name if suffix == "weight" else f"{name}.{suffix}")
+                owners[id(parameter)].append(name if suffix == "weight" else f"{name}.{suffix}".lstrip("."))
     return {name: tuple(names) for names in owners.values() if len(names) > 1 for name in names}
 
 
