@@ -545,6 +545,16 @@ def test_strategies_that_are_not_of_weights() -> None:
         quantize(torch.ones(2, 8), args)
 
 
+def test_zero_points_of_another_dtype_are_what_a_file_says() -> None:
+    args = QuantizationArgs(num_bits=4, strategy="channel", symmetric=False).model_copy(
+        update={"zp_dtype": "torch.int32"}
+    )
+    quantized = quantize(torch.tensor([[-1.0, 0.0, 0.25, 2.75]]), args)
+    assert quantized.zero_point.dtype == torch.int32
+    assert quantized.zero_point.tolist() == [[-4]]
+    assert dequantize(quantized, args).tolist() == [[-1.0, 0.0, 0.25, 2.75]]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
 def test_other_dtypes_of_weights(dtype: torch.dtype) -> None:
     """Double precision keeps its own; integers, which have no epsilon, get the scales of float16."""

@@ -34,11 +34,12 @@ def test_tensors_of_eight_bits_are_twice_as_wide() -> None:
         assert specs["meta"].shape == (8, 128)
 
 
-def test_eight_bits_are_shuffled_in_their_own_order() -> None:
-    """Built here by the shuffles as they are described: tiles of 16 x 16, runs of 1024, four codes a word."""
-    rows, columns = 64, 128
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randint(-128, 128, (columns // 2, rows), generator=generator)
+def marlin_of_eight_bits(values: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The shuffles as they are described: tiles of 16 x 16, runs of 1024 codes, four of them a word.
+
+    ``values`` ``[I/2, O]`` are the codes of the first two columns of each four.
+    """
+    packed_columns, rows = values.shape
     order = []
     for thread in range(32):
         column = thread // 4
@@ -47,19 +48,41 @@ def test_eight_bits_are_shuffled_in_their_own_order() -> None:
         for neighbour in range(4):
             both = [place + neighbour + 4 * block for block in range(2) for place in fragment]
             order += [both[chunk + index] for chunk in (0, 4) for index in (0, 2, 1, 3)]
-    tiles = values.reshape(columns // 32, 16, rows // 16, 16).permute(0, 2, 1, 3).reshape(-1, 1024)
+    tiles = values.reshape(packed_columns // 16, 16, rows // 16, 16).permute(0, 2, 1, 3).reshape(-1, 1024)
     stored = (tiles[:, order] + 128).reshape(-1, 4)
     words = sum(stored[:, index] << (8 * index) for index in range(4)).to(torch.int32)
-    tensors = {
-        "weight_packed": words.reshape(columns // 32, rows * 4),
-        "scale_packed": torch.ones(1, rows, dtype=torch.float16),
-        # Each quad keeps its first two columns: index 0 and index 1, four quads to a word.
-        "meta": torch.full((columns // 32, 2 * rows), 0x4444, dtype=torch.int16),
+    return {
+        "weight_packed": words.reshape(packed_columns // 16, rows * 4),
+        "scale_packed": scale,
+        # Index 0 and index 1, four quads to a word; whatever order its words are in.
+        "meta": torch.full((packed_columns // 16, 2 * rows), 0x4444, dtype=torch.int16),
     }
-    decoded = MARLIN.decode(tensors, QuantizationArgs(num_bits=8, strategy="channel"))
-    quads = decoded.codes.reshape(rows, -1, 4)
-    assert torch.equal(quads[..., :2].reshape(rows, -1).to(torch.int64), values.T)
+
+
+def random_values(packed_columns: int, rows: int) -> torch.Tensor:
+    return torch.randint(-128, 128, (packed_columns, rows), generator=torch.Generator().manual_seed(0))
+
+
+def test_eight_bits_are_shuffled_in_their_own_order() -> None:
+    values = random_values(64, 64)
+    tensors = marlin_of_eight_bits(values, torch.ones(1, 64, dtype=torch.float16))
+    quads = MARLIN.decode(tensors, QuantizationArgs(num_bits=8, strategy="channel")).codes.reshape(64, -1, 4)
+    assert torch.equal(quads[..., :2].reshape(64, -1).to(torch.int64), values.T)
     assert not quads[..., 2:].any()
+
+
+@pytest.mark.parametrize(("columns", "shuffled"), [(256, False), (512, True)])
+def test_scales_of_small_groups_are_shuffled(columns: int, shuffled: bool) -> None:
+    """Only if a group is smaller than the halved columns: each 64 scales of a group, in eights."""
+    rows, groups = 128, columns // 128
+    scale = torch.arange(1, groups * rows + 1, dtype=torch.float16).reshape(groups, rows)
+    stored = scale
+    if shuffled:
+        stored = scale.reshape(-1, 64)[:, [8 * i + j for i in range(8) for j in (0, 4, 1, 5, 2, 6, 3, 7)]]
+        stored = stored.reshape(groups, rows)
+    args = QuantizationArgs(num_bits=8, strategy="group", group_size=128)
+    tensors = marlin_of_eight_bits(random_values(columns // 2, rows), stored)
+    assert_same_bits(MARLIN.decode(tensors, args).scale, scale.T.contiguous())
 
 
 def test_is_never_written() -> None:

@@ -57,6 +57,8 @@ def test_literal_bytes_of_plain_values() -> None:
     assert decoded.scale is None
     assert_same_bits(dequantize(decoded, None), tensors["weight"])
     assert DENSE.tensor_specs((1, 2), None)["weight"].shape == (1, 2)
+    stack = torch.zeros(2, 3, 4)
+    assert DENSE.decode({"weight": stack}, None).codes is stack
 
 
 @pytest.mark.parametrize("format", [INT, FLOAT, NAIVE])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from compressed_format.bitpack import pack_codes, packed_words, word_aligned_words
 from compressed_format.config import ActivationOrdering, CompressionFormat, QuantizationArgs
 from compressed_format.errors import FormatError, UnsupportedFormatError
-from compressed_format.formats import FORMATS, PackLayout, PackQuantized, pack_layout
+from compressed_format.formats import FORMATS, PackLayout, PackQuantized, TensorSpec, pack_layout
 from compressed_format.quantization import QuantizedWeight, dequantize, quantize
 from tests.checks import assert_same_bits, assert_same_tensors, hexadecimal
 
@@ -339,3 +339,15 @@ def test_encoding_never_changes_the_weight() -> None:
     assert_same_bits(quantized.codes, before)
     assert tensors["weight_scale"] is quantized.scale
     assert_same_bits(tensors["weight_packed"], pack_codes(before, 4))
+
+
+def test_specs_of_older_releases() -> None:
+    args = QuantizationArgs(num_bits=3, strategy="channel", symmetric=False)
+    older = {name: [(spec.dtypes[0], spec.shape) for spec in specs] for name, specs in older_specs(args).items()}
+    assert older["weight_packed"] == [(torch.int32, (40, 4))]
+    assert older["weight_zero_point"] == [(torch.int32, (4, 1)), (torch.int8, (40, 1))]
+    assert "weight_zero_point" not in older_specs(QuantizationArgs(num_bits=3, strategy="channel"))
+
+
+def older_specs(args: QuantizationArgs) -> dict[str, list[TensorSpec]]:
+    return PackQuantized.legacy_specs((40, 32), args)
