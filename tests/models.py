@@ -20,7 +20,7 @@ HIDDEN, INTERMEDIATE, VOCABULARY, LAYERS = 128, 256, 256, 2
 
 def tiny_llama(dtype: torch.dtype = torch.float32, *, seed: int = 0, **config: Any) -> Any:
     """A Llama of two layers, in evaluation mode; keyword arguments go to its config."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(seed)
     fields = {
@@ -34,7 +34,8 @@ def tiny_llama(dtype: torch.dtype = torch.float32, *, seed: int = 0, **config: A
         "tie_word_embeddings": False,
         "dtype": dtype,
     }
-    return LlamaForCausalLM(LlamaConfig(**fields | config)).to(dtype).eval()
+    # Not `.to(dtype)`, which would also round the frequencies of rotary embeddings.
+    return AutoModelForCausalLM.from_config(LlamaConfig(**fields | config), dtype=dtype).eval()
 
 
 def token_ids() -> torch.Tensor:
