@@ -39,8 +39,9 @@ def config_of_checkpoint(
     if name:
         repeated_keys(raw, "", report)
     fields = _todays_form(model, raw, report)
-    config = model._read(fields, report, name, hidden=frozenset())
-    return config, tuple(report.warnings)
+    config = model._read(fields, report, name, hidden=frozenset({"unknown"}))
+    kept = freeze(report.unknown, "", report)
+    return (config.model_copy(update={"unknown": kept}) if kept else config), tuple(report.warnings)
 
 
 def _config_file(source: Any, report: Report) -> Path:

@@ -88,7 +88,7 @@ class QuantizationConfig(Model):
     ``sparsity_config``.
     """
 
-    derived = frozenset({"extra"})
+    derived = frozenset({"extra", "unknown"})
 
     config_groups: Annotated[frozendict[str, QuantizationScheme], Groups()] = Field(
         default=frozendict(),
@@ -128,6 +128,11 @@ class QuantizationConfig(Model):
     )
     extra: Annotated[frozendict[str, Any], Anything()] = Field(
         default=frozendict(), description="Top-level keys of a checkpoint that mean nothing here; written back."
+    )
+    unknown: Annotated[frozendict[str, Any], Anything()] = Field(
+        default=frozendict(),
+        description="Empty keys inside groups that nobody here knows, by JSON path; kept, but not written back, "
+        "because every reader refuses a key that it does not know there.",
     )
 
     @classmethod
@@ -181,8 +186,8 @@ class QuantizationConfig(Model):
         ``source`` is a model's folder, its ``config.json``, a file with just the ``quantization_config`` object, or
         the content of either as a mapping. What keeps the tensors from being decoded is a
         :class:`~compressed_format.errors.ConfigError`; what merely means nothing is a warning. Unknown top-level keys
-        are kept in ``extra``. An unknown key inside a group is an error if it has a value, because it may change what
-        the tensors mean; ``allow_unknown=True`` turns that into a warning.
+        are kept in ``extra``, empty ones inside a group in ``unknown``. One with a value inside a group is an error,
+        because it may change what the tensors mean; ``allow_unknown=True`` turns that into a warning.
         """
         from compressed_format.config.checkpoint import config_of_checkpoint
 

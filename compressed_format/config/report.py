@@ -39,6 +39,7 @@ class Report:
         self.version = version
         self.errors: list[Problem] = []
         self.warnings: list[Problem] = []
+        self.unknown: dict[str, Any] = {}
 
     def error(self, place: str, message: str) -> None:
         """Something that cannot be read or cannot mean anything."""
@@ -61,6 +62,7 @@ class Report:
             return
         writer = f"written by version {self.version}" if self.version else "in a file that names no version"
         if value is None or (isinstance(value, (Mapping, list, tuple, str)) and len(value) == 0):
+            self.unknown[place] = value
             self.warn(place, f"unknown key, {writer}; it is empty and changes nothing")
         elif self.allow_unknown:
             self.warn(place, f"unknown key with the value {show(value)}, {writer}; it is ignored")

@@ -262,3 +262,14 @@ def test_what_is_no_config_of_this_format(tmp_path: Path) -> None:
 def test_warnings_are_problems() -> None:
     _, warnings = QuantizationConfig.from_checkpoint({"config_groups": {"W4A16": []}})
     assert warnings == (Problem("config_groups.W4A16", "is empty, so the group applies to nothing"),)
+
+
+def test_an_unknown_empty_key_of_a_group_is_kept_and_not_written_back() -> None:
+    raw = QuantizationConfig.preset("W4A16").to_dict()
+    raw["config_groups"]["group_0"]["weights"]["future"] = None
+    config, problems = QuantizationConfig.from_checkpoint(raw)
+    assert config.unknown == {"config_groups.group_0.weights.future": None}
+    assert [problem.place for problem in problems] == ["config_groups.group_0.weights.future"]
+    assert "future" not in json.dumps(config.to_dict())
+    assert config.replace(ignore=("lm_head",)).unknown == config.unknown
+    assert hash(config) != hash(QuantizationConfig.preset("W4A16"))
