@@ -215,3 +215,12 @@ def file_backed(tensor: torch.Tensor) -> str | None:
         if start <= address < stop:
             return name or None
     return None
+
+
+def word_aligned(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """The layout of releases before 0.18: whole codes only in each word."""
+    per_word = 32 // bits
+    unsigned = codes.to(torch.int64) + 2 ** (bits - 1)
+    padded = nn.functional.pad(unsigned, (0, -codes.shape[1] % per_word)).unflatten(1, (-1, per_word))
+    words = (padded << torch.arange(per_word) * bits).sum(dim=-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)

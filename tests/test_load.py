@@ -43,6 +43,7 @@ from tests.models import (
     recorded_warnings,
     seeded,
     weights,
+    word_aligned,
     write_folder,
 )
 
@@ -594,15 +595,6 @@ def test_a_tied_weight_in_the_word_aligned_layout_stays_tied(tmp_path: Path) -> 
     assert loaded.head.weight_packed is loaded.embed.weight_packed
     ids = torch.arange(8)
     assert_same_bits(loaded(ids), saved(ids))
-
-
-def word_aligned(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """The layout of releases before 0.18: whole codes only in each word."""
-    per_word = 32 // bits
-    unsigned = codes.to(torch.int64) + 2 ** (bits - 1)
-    padded = nn.functional.pad(unsigned, (0, -codes.shape[1] % per_word)).unflatten(1, (-1, per_word))
-    words = (padded << torch.arange(per_word) * bits).sum(dim=-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
 def test_columns_in_the_order_of_their_activations(tmp_path: Path) -> None:

@@ -8,17 +8,20 @@ from typing import Any
 import torch
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, apply_quantization_config
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams, is_module_quantized
 from torch import nn
 
 from tests.models import token_ids
 
 
-def compress_with_peer(model: Any, config: dict[str, Any], folder: Path) -> None:
+def compress_with_peer(model: Any, config: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
     """Compress a dense transformers model by a ``quantization_config`` object, and save it to ``folder``.
 
-    Scales come from minima and maxima; those of static activations from one batch of :func:`token_ids`.
+    Scales come from minima and maxima; those of static activations from one batch of :func:`token_ids`. Returns the
+    dense weight that each quantized module now stands for, as the peer itself rounds it.
     """
+    rounded: dict[str, torch.Tensor] = {}
     inputs = _observed_inputs(model)
     apply_quantization_config(model, QuantizationConfig.model_validate(config))
     for name, module in model.named_modules():
@@ -26,6 +29,8 @@ def compress_with_peer(model: Any, config: dict[str, Any], folder: Path) -> None
             continue
         scheme = module.quantization_scheme
         _set(module, "weight", *_weight_range(module.weight.data, scheme.weights), scheme.weights)
+        scale, zero_point = module.weight_scale, getattr(module, "weight_zero_point", None)
+        rounded[f"{name}.weight"] = fake_quantize(module.weight.data, scale, zero_point, scheme.weights)
         activations = scheme.input_activations
         if activations is not None and not activations.dynamic:
             _set(module, "input", *(bound.reshape(1) for bound in inputs[name]), activations)
@@ -33,6 +38,7 @@ def compress_with_peer(model: Any, config: dict[str, Any], folder: Path) -> None
     compressor.compress_model(model)
     model.save_pretrained(folder)
     compressor.update_config(folder)
+    return rounded
 
 
 def _set(module: nn.Module, name: str, minimum: torch.Tensor, maximum: torch.Tensor, args: QuantizationArgs) -> None:
