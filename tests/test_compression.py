@@ -213,6 +213,14 @@ def test_presets_that_cannot_be_compressed_yet(preset: str) -> None:
     assert "cannot be read or written yet" in str(error)
 
 
+def test_formats_that_are_only_read() -> None:
+    content = {**config(weights={"num_bits": 4, "strategy": "channel"}), "format": "marlin-24"}
+    written, _ = QuantizationConfig.from_checkpoint({**content, "quant_method": "compressed-tensors"})
+    error = refused(mlp(), written)
+    assert type(error) is UnsupportedFormatError
+    assert "2 modules (0, …): marlin-24 is read, not written" in str(error)
+
+
 def test_weights_without_data() -> None:
     error = refused(mlp().to("meta"), config())
     assert "2 modules (0, …): its weight is on the meta device or uninitialized and holds no data" in str(error)
