@@ -104,6 +104,9 @@ def _chunks(name: str, tensor: torch.Tensor, spec: tuple[str, tuple[int, ...]]) 
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     if flat.numel() == 0:
         return
+    if flat.stride(0) != 1:
+        # A single element counts as contiguous whatever its stride, but a view as bytes wants a stride of 1.
+        flat = flat.clone(memory_format=torch.contiguous_format)
     data = flat.view(torch.uint8).numpy().data
     for start in range(0, len(data), _CHUNK_BYTES):
         yield data[start : start + _CHUNK_BYTES]

@@ -116,6 +116,7 @@ def test_same_tensors_same_bytes(tmp_path: Path, tensors: dict[str, torch.Tensor
         torch.arange(24).reshape(4, 6).t(),
         torch.arange(24)[3::5],
         torch.arange(24)[7:9],
+        torch.arange(3)[::3],
         torch.ones(1).expand(3, 4),
         torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex64).conj(),
         torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex64).conj().imag,
