@@ -244,6 +244,17 @@ def test_bias_can_be_set_and_removed() -> None:
         module.bias = torch.zeros(ROWS)
 
 
+def test_a_bias_given_as_a_tensor_becomes_trainable() -> None:
+    module = linear_of("int8 channel")
+    tensors = {name: tensor for name, tensor in module.state_dict().items() if name != "bias"}
+    made = CompressedLinear(
+        tensors, (ROWS, COLUMNS), module.scheme, module.format, bias=torch.ones(ROWS), dtype=torch.float32
+    )
+    assert isinstance(made.bias, nn.Parameter)
+    assert made.bias.requires_grad
+    torch.testing.assert_close(made(inputs(2)), module(inputs(2)) - module.bias + 1)
+
+
 def test_scales_can_be_set_and_stay_untrainable() -> None:
     module = linear_of("int4 group symmetric")
     weight = module.weight
