@@ -23,6 +23,7 @@ from compressed_format.config import (
 )
 from compressed_format.errors import CheckpointError, CompressedFormatWarning, ConfigError, FormatError, Problem
 from compressed_format.linear import compressed_modules
+from compressed_format.renaming import rename_modules
 
 __all__ = ["save_compressed"]
 
@@ -53,7 +54,9 @@ def save_compressed(
     """
     config = _saved_config(model)
     names = _checkpoint_names(model)
-    config = config.model_copy(update={"ignore": tuple(_renamed(entry, names) for entry in config.ignore)})
+    # Whoever loads the tensors by the checkpoint's names goes by these in the config too; whoever loads them through
+    # transformers, by those of the model.
+    config = rename_modules(config, _module_names(names), keep=True)
     if config.sparsity_config is not None:
         message = (
             "this checkpoint is sparse: it loads here and in compressed-tensors up to 0.14, "
@@ -120,13 +123,12 @@ def _checkpoint_names(model: nn.Module) -> dict[str, str]:
     return checkpoint_names(model, state)
 
 
-def _renamed(module: str, names: Mapping[str, str]) -> str:
-    """The checkpoint's name of a module, out of those of its tensors; patterns stay as they are."""
-    for suffix in ("weight", "weight_packed"):
-        renamed = names.get(f"{module}.{suffix}", "")
-        if renamed.endswith(f".{suffix}"):
-            return renamed.removesuffix(f".{suffix}")
-    return module
+def _module_names(names: Mapping[str, str]) -> dict[str, str]:
+    if all(name == stored for name, stored in names.items()):
+        return {}
+    from compressed_format.integrations.transformers import module_names
+
+    return module_names(names)
 
 
 def _source_folder(model: nn.Module, source: str | os.PathLike[str] | None) -> Path | None:

@@ -7,7 +7,7 @@ our own, so that no global table of transformers changes its meaning.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from compressed_format.compression import attach_config
 from compressed_format.config import QuantizationConfig
 from compressed_format.errors import CheckpointError, Problem
 from compressed_format.linear import compressed_modules
+from compressed_format.renaming import rename_modules
 from compressed_format.skeleton import Skeleton, StoredTensor, dtype_misfit
 
-__all__ = ["checkpoint_names", "load_pretrained"]
+__all__ = ["checkpoint_names", "load_pretrained", "module_names"]
 
 _METHOD = "compressed_format"
 
@@ -59,6 +60,8 @@ class CompressedFormatQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.config, _ = QuantizationConfig.from_checkpoint(quantization_config.to_dict())
         self.skeleton: Skeleton | None = None
+        # The checkpoint's name of each module of the model that holds tensors.
+        self.stored_names: dict[str, str] = {}
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -67,10 +70,13 @@ class CompressedFormatQuantizer(HfQuantizer):
         for file in checkpoint_files or []:
             checkpoint = read_checkpoint(file)
             stored.update({name: checkpoint.spec(name) for name in checkpoint})
-        named = _by_model_name(model, stored)
+        model_names = _model_names(model, stored)
+        named = {model_names[name]: tensor for name, tensor in stored.items()}
+        self.stored_names = module_names({renamed: name for name, renamed in model_names.items()})
+        config = rename_modules(self.config, module_names(model_names), keep=False)
         state = model.state_dict()
         tied: Any = model.all_tied_weights_keys
-        self.skeleton = Skeleton(model, self.config, named, tied=tied)
+        self.skeleton = Skeleton(model, config, named, tied=tied)
         _retie(model)
         for name, tensor in named.items():
             problem = (
@@ -139,7 +145,8 @@ def load_pretrained(
         raise CheckpointError(f"{path} does not fit the model {model_class.__name__}:", problems)
     skeleton.finish(dtype)
     attach_config(model, skeleton.config)
-    model.config.quantization_config = CompressedFormatConfig(**skeleton.config.to_dict())
+    written = rename_modules(skeleton.config, quantizer.stored_names, keep=True)
+    model.config.quantization_config = CompressedFormatConfig(**written.to_dict())
     loaded: nn.Module = model
     return loaded
 
@@ -164,8 +171,8 @@ def checkpoint_names(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str,
     return {name: renamed for name, renamed in names.items() if renamed is not None}
 
 
-def _by_model_name(model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """``stored`` under the names that transformers will give its entries as it loads them."""
+def _model_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """For each name of a stored tensor, the one that transformers will give it as it loads it."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -178,7 +185,17 @@ def _by_model_name(model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, 
         for prefixed in (module, f"{prefix}.{module}", module.removeprefix(f"{prefix}.")):
             if f"{prefixed}.weight" in state:
                 state.setdefault(f"{prefixed}.{suffix}", state[f"{prefixed}.weight"])
-    return {rename_source_key(name, renamings, [], prefix, state)[0]: tensor for name, tensor in stored.items()}
+    return {name: rename_source_key(name, renamings, [], prefix, state)[0] for name in stored}
+
+
+def module_names(tensor_names: Mapping[str, str]) -> dict[str, str]:
+    """The new name of each module, out of the old and the new names of its tensors."""
+    modules: dict[str, str] = {}
+    for old, new in tensor_names.items():
+        (module, _, suffix), (renamed, _, same) = old.rpartition("."), new.rpartition(".")
+        if suffix == same:
+            modules[module] = renamed
+    return modules
 
 
 def _retie(model: Any) -> None:

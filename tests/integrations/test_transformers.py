@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
@@ -22,6 +23,7 @@ from compressed_format import (
     CompressedLinear,
     FormatError,
     UnsupportedFormatError,
+    compress,
     load_compressed,
     save_compressed,
 )
@@ -120,8 +122,6 @@ def test_the_architecture_is_the_config_s(tmp_path: Path) -> None:
     fields = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = LlamaConfig(**fields, vocab_size=64, num_labels=3, pad_token_id=0)
     model = transformers.LlamaForSequenceClassification(config).eval()
-    from compressed_format import compress
-
     save_compressed(compress(model, weights(8, ignore=("score",))), tmp_path / "x")
     loaded = load_compressed(tmp_path / "x")
     assert type(loaded) is transformers.LlamaForSequenceClassification
@@ -185,6 +185,88 @@ def test_the_same_tokens_in_a_fresh_process(tmp_path: Path) -> None:
     there = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     assert json.loads(there) == here
     assert len(here[0]) == token_ids().shape[1] + 8
+
+
+# Names that transformers changes -------------------------------------------------------------------------------------
+
+
+def tiny_llava() -> Any:
+    """A model whose checkpoints say ``language_model.lm_head`` for what it calls ``lm_head``, and so on."""
+    torch.manual_seed(0)
+    text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        text_config=LlamaConfig(**text, vocab_size=256),
+        vision_config=transformers.CLIPVisionConfig(**vision, image_size=16, patch_size=8, projection_dim=32),
+        image_token_index=255,
+    )
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize(
+    "ignore",
+    [
+        ("lm_head", "re:.*vision_tower.*", "re:.*multi_modal.*"),
+        ("lm_head", "re:model.vision_tower", "re:model.multi_modal"),
+    ],
+    ids=["patterns for both namings", "patterns for the model's names"],
+)
+def test_names_in_the_config_are_those_of_the_checkpoint_and_of_the_model(
+    ignore: tuple[str, ...], tmp_path: Path
+) -> None:
+    exact = "model.language_model.layers.0.self_attn.v_proj"
+    config = weights(8, ignore=ignore)
+    config["config_groups"]["exact"] = {"targets": [exact], "weights": {"num_bits": 4, "strategy": "channel"}}
+    with recorded_warnings():  # of the value's scheme, which differs from the query's and the key's
+        model = compress(tiny_llava(), config)
+    expected = logits(model)
+    save_compressed(model, tmp_path / "x")
+    stored = read_tensors(tmp_path / "x")
+    written = read_config(tmp_path / "x")["quantization_config"]
+    assert "language_model.lm_head.weight" in stored
+    assert {"lm_head", "language_model.lm_head", "multi_modal_projector.linear_1"} <= set(written["ignore"])
+    assert set(written["config_groups"]["exact"]["targets"]) == {exact, exact.removeprefix("model.").replace(
+        "language_model.", "language_model.model.")}  # fmt: skip
+
+    with recorded_warnings() as texts:
+        loaded = load_compressed(tmp_path / "x")
+    assert not [text for text in texts if "matches no module" in text]
+    assert_same_bits(logits(loaded), expected)
+    loaded.save_pretrained(tmp_path / "y")
+    save_compressed(loaded, tmp_path / "z")
+    for folder in ("y", "z"):
+        assert_same_tensors(read_tensors(tmp_path / folder), stored)
+        again = read_config(tmp_path / folder)["quantization_config"]
+        assert set(written["ignore"]) <= set(again["ignore"])
+        with recorded_warnings():
+            assert_same_bits(logits(load_compressed(tmp_path / folder)), expected)
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "x")
+    assert (logits(theirs) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_a_file_that_knows_the_checkpoint_s_names_only(tmp_path: Path) -> None:
+    model = compress(tiny_llava(), weights(8, ignore=("lm_head", "re:.*vision_tower.*", "re:.*multi_modal.*")))
+    save_compressed(model, tmp_path / "x")
+    ignore = ["language_model.lm_head", "re:vision_tower.*", "re:multi_modal.*"]
+    edit_config(tmp_path / "x", quantization_config={"ignore": ignore})
+    assert_same_bits(logits(load_compressed(tmp_path / "x")), logits(model))
+
+
+def test_the_prefix_of_the_base_model_may_be_missing(folder: Path, tmp_path: Path) -> None:
+    expected = logits(load_compressed(folder))
+    stored = {name.removeprefix("model."): tensor for name, tensor in read_tensors(folder).items()}
+    save_file(stored, folder / "model.safetensors")
+    edit_config(folder, quantization_config={"ignore": ["lm_head", "layers.0.mlp.up_proj", "layers.0.mlp.gate_proj"]})
+    with pytest.raises(CheckpointError) as caught:
+        load_compressed(folder)
+    assert set(problems_of(caught.value)) == {
+        f"model.layers.0.mlp.{module}.{suffix}"
+        for module in ("gate_proj", "up_proj")
+        for suffix in ("weight", "weight_packed", "weight_scale", "weight_shape")
+    }
+    edit_config(folder, quantization_config={"ignore": ["lm_head"]})
+    loaded = load_compressed(folder)
+    assert_same_bits(logits(loaded), expected)
 
 
 # What does not fit ---------------------------------------------------------------------------------------------------
