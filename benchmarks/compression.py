@@ -35,7 +35,9 @@ def main() -> None:
     print(f"{'preset':<14}{'':<12}{'ours':>12}{'peer':>12}{'over peer':>12}{'of a copy':>12}")
     for preset in ("W4A16", "W4A16_ASYM", "W3A16", "W8A8", "FP8_DYNAMIC", "FP8_BLOCK"):
         (scheme,) = QuantizationConfig.preset(preset).config_groups.values()
-        for what, ours, peer in zip(("compress", "decompress"), run_ours(weight, scheme), run_peer(weight, scheme)):
+        for what, ours, peer in zip(
+            ("compress", "decompress"), run_ours(weight, scheme), run_peer(weight, scheme), strict=True
+        ):
             rates = [size / seconds(function) for function in (ours, peer)]
             print(
                 f"{preset:<14}{what:<12}{rates[0] / 1e9:>7.2f} GB/s{rates[1] / 1e9:>7.2f} GB/s"

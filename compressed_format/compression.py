@@ -192,6 +192,7 @@ def _share_weight(compressed: CompressedModule, twin: CompressedModule) -> None:
 
 def _announce_broken_ties(model: nn.Module, ties: Mapping[str, tuple[str, ...]], resolution: TargetResolution) -> None:
     """Say which weights shared by several modules stop being shared, because they are not all quantized alike."""
+    embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     for names in dict.fromkeys(ties.values()):
         assignments = [resolution.assignments.get(name) for name in names]
         if len({None if found is None else treatment(found) for found in assignments}) == 1:
@@ -203,7 +204,7 @@ def _announce_broken_ties(model: nn.Module, ties: Mapping[str, tuple[str, ...]],
         )
         warnings.warn(message, CompressedFormatWarning, stacklevel=3)
         model_config: Any = getattr(model, "config", None)
-        if getattr(model_config, "tie_word_embeddings", False):
+        if embeddings.intersection(names) and getattr(model_config, "tie_word_embeddings", False):
             # Otherwise the next from_pretrained would tie them again, and overwrite one with the other.
             model_config.tie_word_embeddings = False
 
