@@ -159,8 +159,8 @@ def checkpoint_names(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str,
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    # Empty tensors stand in: only names matter, and each keeps its identity through a renaming.
-    stand_ins = {name: torch.empty(0) for name in state}
+    # Tensors without values stand in: only names matter, and each keeps its identity through a renaming.
+    stand_ins = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
     reverted = revert_weight_conversion(model, dict(stand_ins))
     by_identity = {id(tensor): name for name, tensor in reverted.items()}
     names = {name: by_identity.get(id(tensor)) for name, tensor in stand_ins.items()}
