@@ -55,8 +55,9 @@ def _config_file(source: Any, report: Report) -> Path:
         for name in _FILES:
             if (path / name).is_file():
                 return path / name
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(problems=[Problem(show(str(source)), f"cannot be read: {error}")]) from error
+    except (OSError, ValueError, TypeError) as error:  # TypeError: a path of bytes
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(problems=[Problem(show(str(source)), f"cannot be read: {reason}")]) from error
     raise CheckpointError(problems=[Problem(str(path), f"holds neither {' nor '.join(_FILES)}")])
 
 

@@ -7,11 +7,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from frozendict import frozendict
 from pydantic import Field
-from typing_extensions import Self
 
 from compressed_format.config.args import QuantizationArgs
 from compressed_format.config.formats import infer_format
@@ -27,6 +26,9 @@ from compressed_format.config.sparsity import MoESparsityConfig, SparsityConfig
 from compressed_format.config.transform import TransformConfig
 from compressed_format.config.words import CompressionFormat, QuantizationStatus
 from compressed_format.errors import CheckpointError, ConfigError, Problem
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["FORMAT_VERSION", "QUANT_METHOD", "QuantizationConfig"]
 
@@ -154,6 +156,8 @@ class QuantizationConfig(Model):
         Raises :class:`~compressed_format.errors.ConfigError` for what is wrong in it, with file, line and column
         where it is no JSON, and :class:`~compressed_format.errors.CheckpointError` if it cannot be read.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise ConfigError(problems=[Problem("", f"a config file must be a path, not {show(path)}")])
         source = Path(path)
         raw = parse_json(read_bytes(source), str(source))
         report = Report()

@@ -8,6 +8,7 @@ lets pass what the writers of checkpoints have accepted.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 _DEEPEST = 64
+_INTEGER = re.compile(r"\s*[+-]?\d{1,19}\s*")
 _BOOLEAN_WORDS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 
 
@@ -55,7 +57,7 @@ class Integer:
 
     def read(self, value: Any, place: str, report: Report) -> Any:
         number = value
-        if report.lenient and isinstance(value, str) and value.strip().lstrip("+-").isdecimal() and len(value) < 20:
+        if report.lenient and isinstance(value, str) and _INTEGER.fullmatch(value):
             number = int(value)
         elif isinstance(value, bool):
             number = int(value) if report.lenient else None

@@ -23,9 +23,11 @@ __all__ = ["PREFIX", "PatternTable", "Target", "is_pattern", "pattern_problem"]
 
 PREFIX = "re:"
 _LONGEST = 10_000
+_LARGEST = 20_000
+"""Nodes of a compiled pattern: ``regex`` writes out what ``{n}`` repeats, nested ones as their product."""
 _SECONDS_PER_MATCH = 1.0
 _SECONDS_PER_TABLE = 30.0
-_QUANTIFIER = re.compile(r"\{\d*(,\d*)?\}", re.ASCII)
+_QUANTIFIER = re.compile(r"\{(\d*)(,\d*)?\}", re.ASCII)
 _BACK_REFERENCE = re.compile(r"\\[1-9]|\(\?\(")
 # What stands in patterns and neither in names of modules nor of classes.
 _LOOKS_LIKE_PATTERN = re.compile(r"[*^$\\\[\](){}|+?]")
@@ -66,10 +68,12 @@ def pattern_problem(pattern: str) -> str | None:
         return f"it has {len(pattern)} characters, more than {_LONGEST}"
     try:
         _compile_re(pattern)
+        if _most_nodes(pattern) > _LARGEST:
+            return "its {n} repeat too much; write * or + instead"
         _compile(pattern)
     except (re.error, regex.error) as error:
         return str(error)
-    except (RecursionError, OverflowError, MemoryError):
+    except (RecursionError, OverflowError, MemoryError, ValueError):  # ValueError: a count of thousands of digits
         return "it is too complex"
     return None
 
@@ -79,6 +83,16 @@ def _compile_re(pattern: str) -> re.Pattern[str]:
         # "possible nested set": _as_python_reads_it keeps today's meaning
         warnings.simplefilter("ignore")
         return re.compile(pattern)
+
+
+def _most_nodes(pattern: str) -> int:
+    """No fewer than ``regex`` makes of a pattern: each ``{n}`` is taken to repeat everything before it."""
+    nodes = end = 0
+    for quantifier in _QUANTIFIER.finditer(pattern):
+        nodes += quantifier.start() - end
+        nodes *= max(1, int(quantifier[1] or 0))
+        end = quantifier.end()
+    return nodes + len(pattern) - end
 
 
 def _compile(pattern: str) -> Any:

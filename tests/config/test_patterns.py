@@ -65,6 +65,20 @@ def test_invalid_patterns(pattern: str, words: str) -> None:
     assert words in problem
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    ["(a{9999}){9999}", "a{1000000}", "(a{5000,}){5000,}", "(?x)(a{1000}) #(\n{1000}", "(a{1000})(?#(){1000}"],
+)
+def test_patterns_that_would_fill_the_memory(monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+    monkeypatch.setattr(patterns, "_compile", lambda _: pytest.fail("compiled all the same"))
+    assert pattern_problem(pattern) == "its {n} repeat too much; write * or + instead"
+
+
+def test_repetitions_of_reasonable_size() -> None:
+    assert pattern_problem(r"model\.layers\.\d{1,2}\.experts\.[0-9a-f]{8}-[0-9a-f]{4}") is None
+    assert PatternTable([r"re:a{3}\.\d{2,}$"]).first("aaa.10") == r"re:a{3}\.\d{2,}$"
+
+
 def test_the_end_is_not_anchored() -> None:
     table = PatternTable(["re:.*q_proj", "re:"])
     assert table.first("model.q_proj_norm") == "re:.*q_proj"
