@@ -9,7 +9,7 @@ from typing import Any
 
 __all__ = ["NamedModule", "counts_as_linear", "list_modules"]
 
-_COMPRESSIBLE = ("Linear", "Embedding")
+_COMPRESSIBLE = frozenset({"Linear", "Embedding"})
 _ROUTER = re.compile(r"Router|Gating|Gate(?![a-z])")
 
 
@@ -24,7 +24,7 @@ class NamedModule:
     @property
     def is_compressible(self) -> bool:
         """Whether its weight can be compressed: it is a Linear or an Embedding."""
-        return any(name in self.classes for name in _COMPRESSIBLE)
+        return not _COMPRESSIBLE.isdisjoint(self.classes)
 
     @property
     def matrices(self) -> tuple[str, ...]:
