@@ -96,7 +96,10 @@ def publishing(destination: str | os.PathLike[str], *, overwrite: bool = False) 
     :class:`CheckpointLockedError` when another writer is at it, and :class:`CheckpointError` for whatever the disk
     refuses. After any exception, also one from the caller's block, the destination is as it was before.
     """
-    target = Path(os.path.realpath(destination))
+    try:
+        target = Path(os.path.realpath(destination))
+    except ValueError as error:  # a NUL, or half a surrogate pair
+        raise _error(Path(destination), f"cannot be the name of a folder: {error}") from error
     if target.name.endswith(PARTIAL_SUFFIX):
         raise _error(target, f"names that end in {PARTIAL_SUFFIX} are those of unfinished saves: choose another")
     _refuse_occupied(target, overwrite)

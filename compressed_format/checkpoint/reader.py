@@ -158,8 +158,8 @@ def _locate(path: Path) -> tuple[Path, str | None, list[str]]:
         names = sorted(entry.name for entry in path.iterdir()) if is_folder else [path.name]
     except FileNotFoundError as error:
         raise _error(path, "there is no such file or folder (a folder or a .safetensors file is looked for)") from error
-    except OSError as error:
-        raise _error(path, f"cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: no name that a file can have
+        raise _error(path, f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not is_folder:
         if path.name.endswith(INDEX_SUFFIX):
             return path.parent, path.name, []

@@ -174,7 +174,7 @@ def _file_problems(files: Mapping[Any, Any]) -> Iterable[Problem]:
             yield Problem(place, "the name must be a string")
         elif reason := file_name_problem(name):
             yield Problem(place, f"the name {reason}")
-        elif _RESERVED.fullmatch(name):
+        elif _RESERVED.fullmatch(name.partition("/")[0]):
             yield Problem(place, f"the name is that of a file of tensors: {SINGLE_FILE}, its shards and their index")
         elif inside := names.intersection(str(parent) for parent in Path(name).parents):
             yield Problem(place, f"{min(inside)!r} cannot be both a file and the folder of this one")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -16,32 +16,13 @@ from compressed_format.errors import (
     CheckpointError,
     CheckpointExistsError,
 )
+from tests.checkpoint.saves import OLD, content_of, prepare, save
 
 if TYPE_CHECKING:
     from tests.checkpoint.conftest import DiskCalls
 
 Holds = Callable[..., bool]
 Tensors = dict[str, torch.Tensor]
-OLD = {"old": torch.arange(5)}
-FILES = {"config.json": b"{}", "code/x.py": b"pass"}
-
-
-def _content(folder: Path) -> dict[str, bytes | None]:
-    """Everything below a folder, with the bytes of files."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
-def _save(destination: Path, tensors: Tensors, **more: Any) -> None:
-    write_checkpoint(destination, tensors, files=FILES, max_shard_size=200, **more)
-
-
-def _prepare(target: Path, before: str) -> None:
-    if before == "empty folder":
-        target.mkdir()
-    elif before == "checkpoint":
-        _save(target, OLD)
-    elif before == "file":
-        target.write_bytes(b"old")
 
 
 @pytest.mark.parametrize("before", ["nothing", "empty folder", "checkpoint", "file"])
@@ -49,9 +30,9 @@ def test_nothing_is_renamed_before_it_is_on_the_disk(
     before: str, tmp_path: Path, tensors: Tensors, disk_calls: DiskCalls
 ) -> None:
     target, partial = tmp_path / "out", tmp_path / "out.partial"
-    _prepare(target, before)
+    prepare(target, before)
     disk_calls.record.clear()
-    _save(target, tensors, overwrite=True)
+    save(target, tensors, overwrite=True)
     record = disk_calls.record
     publication = "rename" if before in ("nothing", "empty folder") else "exchange"
     (published,) = (at for at, (name, args) in enumerate(record) if name == publication and args == (partial, target))
@@ -59,7 +40,7 @@ def test_nothing_is_renamed_before_it_is_on_the_disk(
     def last(name: str, path: Path) -> int:
         return max(at for at, call in enumerate(record) if call[:1] == (name,) and call[1][0] == path)
 
-    files = [partial / name for name in _content(target) if (target / name).is_file()]
+    files = [partial / name for name in content_of(target) if (target / name).is_file()]
     folders = [partial, partial / "code"]
     assert len(files) == 5
     for path in files:
@@ -74,7 +55,7 @@ def test_nothing_is_renamed_before_it_is_on_the_disk(
 
 
 def test_made_parents_are_synced(tmp_path: Path, disk_calls: DiskCalls) -> None:
-    _save(tmp_path / "a" / "b" / "out", OLD)
+    save(tmp_path / "a" / "b" / "out", OLD)
     assert disk_calls.record.index(("sync_folder", (tmp_path,))) < disk_calls.names.index("create_file")
     assert ("sync_folder", (tmp_path / "a",)) in disk_calls.record
 
@@ -83,13 +64,13 @@ def test_an_occupied_destination(tmp_path: Path, tensors: Tensors) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / ".hidden").touch()
     (tmp_path / "file").touch()
-    content = _content(tmp_path)
+    content = content_of(tmp_path)
     for name in ("folder", "file"):
         with pytest.raises(CheckpointExistsError, match=rf"{name}: already holds something.*overwrite=True"):
-            _save(tmp_path / name, tensors)
+            save(tmp_path / name, tensors)
         with pytest.raises(FileExistsError):
-            _save(tmp_path / name, tensors)
-    assert _content(tmp_path) == content
+            save(tmp_path / name, tensors)
+    assert content_of(tmp_path) == content
 
 
 def test_a_destination_that_fills_up_meanwhile(tmp_path: Path) -> None:
@@ -104,10 +85,10 @@ def test_a_destination_that_fills_up_meanwhile(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointExistsError):
         save(overwrite=False)
-    assert _content(tmp_path) == {"out": None, "out/other": b""}
+    assert content_of(tmp_path) == {"out": None, "out/other": b""}
     shutil.rmtree(target)
     save(overwrite=True)
-    assert _content(tmp_path) == {"out": None, "out/new": b"new"}
+    assert content_of(tmp_path) == {"out": None, "out/new": b"new"}
 
 
 @pytest.mark.parametrize("link_to", ["folder", "empty", "missing"])
@@ -115,13 +96,13 @@ def test_a_link_is_followed(link_to: str, tmp_path: Path, tensors: Tensors, hold
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     if link_to != "missing":
-        _prepare(elsewhere / "real", "checkpoint" if link_to == "folder" else "empty folder")
+        prepare(elsewhere / "real", "checkpoint" if link_to == "folder" else "empty folder")
     link = tmp_path / "link"
     link.symlink_to("elsewhere/real")
     if link_to == "folder":
         with pytest.raises(CheckpointExistsError, match="elsewhere/real"):
-            _save(link, tensors)
-    _save(link, tensors, overwrite=link_to == "folder")
+            save(link, tensors)
+    save(link, tensors, overwrite=link_to == "folder")
     assert link.is_symlink()
     assert holds(elsewhere / "real", tensors)
     assert [path.name for path in elsewhere.iterdir()] == ["real"]
@@ -130,13 +111,14 @@ def test_a_link_is_followed(link_to: str, tmp_path: Path, tensors: Tensors, hold
 def test_destinations_that_cannot_be(tmp_path: Path, tensors: Tensors) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
-    content = _content(tmp_path)
+    content = content_of(tmp_path)
     cases = {"x.partial": "choose another", "file/out": "Not a directory", "file/a/out": "Not a directory"}
     cases |= {"loop": "symbolic links", "x" * 250: "File name too long"}
+    cases |= {"a\0b": "cannot be the name of a folder", "a\ud800b": "cannot be the name of a folder"}
     for name, message in cases.items():
         with pytest.raises(CheckpointError, match=message):
-            _save(tmp_path / name, tensors)
-    assert _content(tmp_path) == content
+            save(tmp_path / name, tensors)
+    assert content_of(tmp_path) == content
 
 
 def test_a_destination_in_the_working_directory(
@@ -158,7 +140,7 @@ def test_a_parent_that_someone_else_makes_meanwhile(
         original(path)
 
     monkeypatch.setattr(syscalls, "make_folder", late)
-    _save(tmp_path / "parent" / "out", tensors)
+    save(tmp_path / "parent" / "out", tensors)
     assert holds(tmp_path / "parent" / "out", tensors)
 
 
@@ -175,7 +157,7 @@ def test_left_overs_of_a_dead_writer(kind: str, tmp_path: Path, tensors: Tensors
     else:
         partial.symlink_to("precious")
     (tmp_path / "out.partial.lock").touch()
-    _save(tmp_path / "out", tensors)
+    save(tmp_path / "out", tensors)
     assert holds(tmp_path / "out", tensors)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "precious"]
     assert (tmp_path / "precious" / "data").exists()

@@ -7,42 +7,23 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from compressed_format.checkpoint import syscalls, write_checkpoint
+from compressed_format.checkpoint import syscalls
 from compressed_format.errors import (
     CheckpointError,
     CompressedFormatWarning,
 )
+from tests.checkpoint.saves import OLD, content_of, prepare, save
 
 if TYPE_CHECKING:
     from tests.checkpoint.conftest import DiskCalls
 
 Holds = Callable[..., bool]
 Tensors = dict[str, torch.Tensor]
-OLD = {"old": torch.arange(5)}
-FILES = {"config.json": b"{}", "code/x.py": b"pass"}
-
-
-def _content(folder: Path) -> dict[str, bytes | None]:
-    """Everything below a folder, with the bytes of files."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
-def _save(destination: Path, tensors: Tensors, **more: Any) -> None:
-    write_checkpoint(destination, tensors, files=FILES, max_shard_size=200, **more)
-
-
-def _prepare(target: Path, before: str) -> None:
-    if before == "empty folder":
-        target.mkdir()
-    elif before == "checkpoint":
-        _save(target, OLD)
-    elif before == "file":
-        target.write_bytes(b"old")
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
@@ -57,8 +38,8 @@ def test_each_call_fails_once(
         disk_calls.before = lambda *_: None
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
-        _prepare(target, before)
-        content = _content(place)
+        prepare(target, before)
+        content = content_of(place)
         if before == "left-over":
             (place / "out.partial").mkdir()
             (place / "out.partial" / "model.safetensors").write_bytes(b"half")
@@ -66,7 +47,7 @@ def test_each_call_fails_once(
         return content
 
     reset()
-    _save(target, tensors, overwrite=True)
+    save(target, tensors, overwrite=True)
     calls = list(disk_calls.record)
     assert len(calls) > 25
     for number, (name, args) in enumerate(calls):
@@ -80,17 +61,17 @@ def test_each_call_fails_once(
         disk_calls.before = fail
         if name == "remove" and number == len(calls) - 1:
             with pytest.warns(CompressedFormatWarning, match="cannot be removed wholly"):
-                _save(target, tensors, overwrite=True)
+                save(target, tensors, overwrite=True)
         else:
             with pytest.raises(CheckpointError, match=os.strerror(code)) as caught:
-                _save(target, tensors, overwrite=True)
+                save(target, tensors, overwrite=True)
             assert isinstance(caught.value.__cause__, OSError)
             assert str(place) in str(caught.value)
-            left = _content(place)
+            left = content_of(place)
             if name == "remove":  # the left-over itself could not be removed
                 left = {key: value for key, value in left.items() if not key.startswith("out.partial")}
             assert left == content, (number, name, args)
-        _save(target, tensors, overwrite=True)
+        save(target, tensors, overwrite=True)
         assert holds(target, tensors)
         assert [path.name for path in target.parent.iterdir()] == ["out"]
 
@@ -100,9 +81,9 @@ def test_interrupted_at_each_call(
     interrupt: type[BaseException], tmp_path: Path, tensors: Tensors, disk_calls: DiskCalls, holds: Holds
 ) -> None:
     target = tmp_path / "out"
-    _save(target, OLD)
+    save(target, OLD)
     disk_calls.record.clear()
-    _save(tmp_path / "other", tensors)
+    save(tmp_path / "other", tensors)
     count = len(disk_calls.record)
     for number in range(count):
 
@@ -113,7 +94,7 @@ def test_interrupted_at_each_call(
         disk_calls.record.clear()
         disk_calls.before = fail
         with pytest.raises(interrupt):
-            _save(target, tensors, overwrite=True)
+            save(target, tensors, overwrite=True)
         assert holds(target, OLD)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
 
@@ -124,8 +105,8 @@ def test_interrupted_right_after_the_rename(
 ) -> None:
     """The call was made and did not come back: only the disk knows."""
     target = tmp_path / "out"
-    _prepare(target, before)
-    content = _content(tmp_path)
+    prepare(target, before)
+    content = content_of(tmp_path)
     for name in ("rename", "exchange"):
         original = getattr(syscalls, name)
         done: list[bool] = []
@@ -140,15 +121,15 @@ def test_interrupted_right_after_the_rename(
 
         monkeypatch.setattr(syscalls, name, interrupted)
     with pytest.raises(KeyboardInterrupt):
-        _save(target, tensors, overwrite=True)
-    assert _content(tmp_path) == content
+        save(target, tensors, overwrite=True)
+    assert content_of(tmp_path) == content
 
 
 def test_what_was_replaced_survives_when_it_cannot_be_put_back(
     tmp_path: Path, tensors: Tensors, monkeypatch: pytest.MonkeyPatch, holds: Holds
 ) -> None:
     target = tmp_path / "out"
-    _save(target, OLD)
+    save(target, OLD)
     original = syscalls.exchange
 
     def only_forth(source: Path, to: Path) -> None:
@@ -163,7 +144,7 @@ def test_what_was_replaced_survives_when_it_cannot_be_put_back(
     monkeypatch.setattr(syscalls, "exchange", only_forth)
     monkeypatch.setattr(syscalls, "sync_folder", sync_folder)
     with pytest.raises(CheckpointError, match="broken"):
-        _save(target, tensors, overwrite=True)
+        save(target, tensors, overwrite=True)
     assert holds(target, tensors)
     (tmp_path / "out.partial").rename(tmp_path / "kept")
     assert holds(tmp_path / "kept", OLD)

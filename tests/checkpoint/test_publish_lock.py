@@ -8,31 +8,20 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from compressed_format.checkpoint import syscalls, write_checkpoint
+from compressed_format.checkpoint import syscalls
 from compressed_format.errors import (
     CheckpointError,
     CheckpointExistsError,
     CheckpointLockedError,
 )
+from tests.checkpoint.saves import OLD, content_of, save
 
 Holds = Callable[..., bool]
 Tensors = dict[str, torch.Tensor]
-OLD = {"old": torch.arange(5)}
-FILES = {"config.json": b"{}", "code/x.py": b"pass"}
-
-
-def _content(folder: Path) -> dict[str, bytes | None]:
-    """Everything below a folder, with the bytes of files."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
-def _save(destination: Path, tensors: Tensors, **more: Any) -> None:
-    write_checkpoint(destination, tensors, files=FILES, max_shard_size=200, **more)
 
 
 def test_a_second_writer_is_refused(tmp_path: Path, tensors: Tensors, holds: Holds) -> None:
@@ -43,17 +32,17 @@ def test_a_second_writer_is_refused(tmp_path: Path, tensors: Tensors, holds: Hol
         started.set()
         assert finish.wait(60)
 
-    writer = threading.Thread(target=_save, args=(target, tensors), kwargs={"progress": wait})
+    writer = threading.Thread(target=save, args=(target, tensors), kwargs={"progress": wait})
     writer.start()
     try:
         assert started.wait(60)
-        content = _content(tmp_path)
+        content = content_of(tmp_path)
         for overwrite in (False, True):
             with pytest.raises(CheckpointLockedError, match=rf"{target}\.partial: another process"):
-                _save(target, OLD, overwrite=overwrite)
-        _save(tmp_path / "other", OLD)
+                save(target, OLD, overwrite=overwrite)
+        save(tmp_path / "other", OLD)
         shutil.rmtree(tmp_path / "other")
-        assert _content(tmp_path) == content
+        assert content_of(tmp_path) == content
     finally:
         finish.set()
         writer.join()
@@ -76,13 +65,13 @@ def test_the_writer_before_published_while_we_came(
             monkeypatch.setattr(syscalls, "open_lock", original)
             path.rename(tmp_path / "aside")  # so that the writer before us locks another file
             (tmp_path / "aside").unlink()
-            _save(target, OLD)
+            save(target, OLD)
             monkeypatch.setattr(syscalls, "open_lock", open_lock)
         return descriptor
 
     monkeypatch.setattr(syscalls, "open_lock", open_lock)
     with pytest.raises(CheckpointExistsError):
-        _save(target, tensors)
+        save(target, tensors)
     assert len(opened) == 2
     assert holds(target, OLD)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -94,13 +83,13 @@ def test_a_file_system_without_locks(tmp_path: Path, tensors: Tensors, monkeypat
 
     monkeypatch.setattr(syscalls.fcntl, "flock", refuse)
     with pytest.raises(CheckpointError, match=r"out\.partial\.lock: cannot be locked: No locks available"):
-        _save(tmp_path / "out", tensors)
+        save(tmp_path / "out", tensors)
 
 
 def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path: Path, tensors: Tensors) -> None:
     (tmp_path / "out.partial.lock").symlink_to("elsewhere")
     with pytest.raises(CheckpointError, match="cannot be locked"):
-        _save(tmp_path / "out", tensors)
+        save(tmp_path / "out", tensors)
     assert not (tmp_path / "elsewhere").exists()
 
 

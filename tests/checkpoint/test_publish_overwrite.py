@@ -16,46 +16,36 @@ from compressed_format.checkpoint import read_checkpoint, syscalls, write_checkp
 from compressed_format.errors import (
     CheckpointError,
 )
+from tests.checkpoint.saves import OLD, content_of, save
 
 if TYPE_CHECKING:
     from tests.checkpoint.conftest import DiskCalls
 
 Holds = Callable[..., bool]
 Tensors = dict[str, torch.Tensor]
-OLD = {"old": torch.arange(5)}
-FILES = {"config.json": b"{}", "code/x.py": b"pass"}
-
-
-def _content(folder: Path) -> dict[str, bytes | None]:
-    """Everything below a folder, with the bytes of files."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
-def _save(destination: Path, tensors: Tensors, **more: Any) -> None:
-    write_checkpoint(destination, tensors, files=FILES, max_shard_size=200, **more)
 
 
 def test_overwriting_replaces_everything(tmp_path: Path, tensors: Tensors, holds: Holds) -> None:
     target = tmp_path / "out"
-    _save(target, OLD)
+    save(target, OLD)
     (target / "more").mkdir()
     (target / "more" / "file").touch()
     write_checkpoint(target, tensors, overwrite=True)
     assert holds(target, tensors)
-    assert list(_content(tmp_path)) == ["out", "out/model.safetensors"]
+    assert list(content_of(tmp_path)) == ["out", "out/model.safetensors"]
 
 
 def test_saving_over_the_folder_that_is_mapped(tmp_path: Path, tensors: Tensors, holds: Holds) -> None:
     target = tmp_path / "out"
-    _save(target, tensors)
+    save(target, tensors)
     checkpoint = read_checkpoint(target)
     held = dict(checkpoint)
     held["b.weight"] += 1
-    _save(target, held, overwrite=True)
+    save(target, held, overwrite=True)
     changed = tensors | {"b.weight": tensors["b.weight"] + 1}
     assert holds(target, changed)
     assert all(torch.equal(held[name], changed[name]) for name in changed)
-    _save(target, checkpoint, overwrite=True)
+    save(target, checkpoint, overwrite=True)
     assert holds(target, changed)  # what is in this process's memory, the change included
 
 
@@ -64,7 +54,7 @@ def test_a_file_system_without_exchange(
     code: int, tmp_path: Path, tensors: Tensors, disk_calls: DiskCalls, holds: Holds
 ) -> None:
     target = tmp_path / "out"
-    _save(target, OLD)
+    save(target, OLD)
     disk_calls.record.clear()
 
     def refuse(_: int, name: str) -> None:
@@ -73,20 +63,20 @@ def test_a_file_system_without_exchange(
 
     disk_calls.before = refuse
     with pytest.raises(CheckpointError, match="cannot be overwritten, because this file system cannot exchange"):
-        _save(target, tensors, overwrite=True)
+        save(target, tensors, overwrite=True)
     assert "create_file" not in disk_calls.names
     assert holds(target, OLD)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    _save(tmp_path / "new", tensors, overwrite=True)  # nothing to overwrite, so nothing to exchange
+    save(tmp_path / "new", tensors, overwrite=True)  # nothing to overwrite, so nothing to exchange
     assert holds(tmp_path / "new", tensors)
 
 
 def test_a_mount_point_is_not_replaced(tmp_path: Path, tensors: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "out"
-    _save(target, OLD)
+    save(target, OLD)
     monkeypatch.setattr(Path, "is_mount", lambda self: self == target)
     with pytest.raises(CheckpointError, match="mount point"):
-        _save(target, tensors, overwrite=True)
+        save(target, tensors, overwrite=True)
 
 
 class _Library:

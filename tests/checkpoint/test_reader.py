@@ -174,6 +174,9 @@ def test_nothing_there(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_checkpoint(tmp_path / "loop")
+    for name in ("a\0b", "a\ud800b", "x" * 300):
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            read_checkpoint(tmp_path / name)
 
 
 def test_several_files_without_an_index(tmp_path: Path) -> None:

@@ -219,6 +219,7 @@ def test_all_offenders_are_listed_before_anything_is_written(tmp_path: Path, ten
         "model.safetensors": b"",
         "model.safetensors.index.json": b"",
         "model-00001-of-00002.safetensors": b"",
+        "model.safetensors/x": b"",
         "code": b"",
         "code/x.py": b"",
         "text": "a path or the content?",
