@@ -80,14 +80,14 @@ def _load(folders: Iterable[str]) -> Library:
     if path is None:
         places = ", ".join(str(folder) for folder in searched)
         return Library(reason=f"not built: there is no {LIBRARY_NAME} in {places}")
-    if _is_cut_short(path):
-        return Library(reason=f"cannot be loaded: {path} is cut short")
     try:
+        if _is_cut_short(path):
+            return Library(reason=f"cannot be loaded: {path} is cut short")
         torch.ops.load_library(path)
-    except OSError as error:
+        kernels = ctypes.CDLL(str(path)).compressed_format_kernels
+    except (OSError, AttributeError) as error:  # AttributeError: a library, but not this one
         # torch wraps the loader's own message, which is the one that says what is wrong with the file.
         return Library(reason=f"cannot be loaded: {error.__cause__ or error}")
-    kernels = ctypes.CDLL(str(path)).compressed_format_kernels
     kernels.restype = ctypes.c_char_p
     return Library(path=path, kernels=tuple(kernels().decode().splitlines()))
 

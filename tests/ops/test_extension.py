@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from regex import _regex
 
 import compressed_format
 from compressed_format import bitpack, ops
@@ -168,6 +169,27 @@ def test_not_a_library(tmp_path: Path) -> None:
     assert library.path is None
     assert library.reason is not None
     assert library.reason.startswith(f"cannot be loaded: {path}")
+
+
+def test_another_library(tmp_path: Path) -> None:
+    shutil.copy(_regex.__file__, tmp_path / built_library().name)
+    library = extension._load([str(tmp_path)])
+    assert library.path is None
+    assert "compressed_format_kernels" in str(library.reason)
+
+
+def test_a_library_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / built_library().name
+    shutil.copy(built_library(), path)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    library = extension._load([str(tmp_path)])
+    assert library.path is None
+    assert str(library.reason).startswith("cannot be loaded: ")
+    assert "Permission denied" in str(library.reason)
 
 
 def test_folders_are_searched_in_order(tmp_path: Path) -> None:
