@@ -155,9 +155,16 @@ def _scheme_rules() -> list[_Schema]:
     return [_when(_given("format", {"const": name}), demand) for name, demand in demands.items()]
 
 
+_SPARSE_GROUP: _Schema = {"type": "object"} | _given("sparsity", _WORD)
 _RULES: dict[type[Model], list[_Schema]] = {
     QuantizationArgs: _args_rules(),
     QuantizationScheme: _scheme_rules(),
+    QuantizationConfig: [
+        _when(
+            _given("sparsity_config", {"type": "object", "minProperties": 1}),
+            {"properties": {"config_groups": {"additionalProperties": {"not": _SPARSE_GROUP}}}},
+        )
+    ],
     SparsityConfig: [
         _when(
             _given("format", {"const": "sparse-24-bitmask"}),
