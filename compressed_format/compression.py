@@ -82,7 +82,7 @@ def compress(
         at = places.pop(id(modules[name]))
         compressed = compress_module(modules.pop(name), assignment, activation_scales.pop(name, {}), name)
         if name in ties:
-            _share_weight(compressed, tied.setdefault((ties[name], treatment(assignment)), compressed))
+            compressed.share_weight(tied.setdefault((ties[name], treatment(assignment)), compressed))
         for parent, child in at:
             setattr(parent, child, compressed)
         if progress is not None:
@@ -181,13 +181,6 @@ def _tied_weights(model: nn.Module) -> dict[str, tuple[str, ...]]:
             if parameter is not None:
                 owners[id(parameter)].append(name if suffix == "weight" else f"{name}.{suffix}".lstrip("."))
     return {name: tuple(names) for names in owners.values() if len(names) > 1 for name in names}
-
-
-def _share_weight(compressed: CompressedModule, twin: CompressedModule) -> None:
-    """Make the tensors of the weight those of ``twin``; bias and scales of activations are each module's own."""
-    for suffix in compressed._parameters.keys() & twin._parameters.keys():
-        if suffix != "bias" and not suffix.startswith(("input_", "output_")):
-            compressed._parameters[suffix] = twin._parameters[suffix]
 
 
 def _announce_broken_ties(model: nn.Module, ties: Mapping[str, tuple[str, ...]], resolution: TargetResolution) -> None:

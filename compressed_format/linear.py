@@ -6,7 +6,7 @@ They are not trainable. ``module.weight`` dequantizes on every access; ``forward
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -19,7 +19,7 @@ from compressed_format.config import CompressionFormat, QuantizationArgs, Quanti
 from compressed_format.formats import SPARSITY_FORMATS, format_named
 from compressed_format.quantization import QuantizedWeight, block_shape
 
-__all__ = ["CompressedEmbedding", "CompressedLinear", "CompressedModule", "compressed_modules"]
+__all__ = ["CompressedEmbedding", "CompressedLinear", "CompressedModule", "compressed_modules", "is_of_weight"]
 
 
 class _ActivationArguments(NamedTuple):
@@ -82,16 +82,17 @@ class CompressedModule(nn.Module):
 
     def replace_weight(self, tensors: Mapping[str, torch.Tensor], format: CompressionFormat) -> None:
         """Hold the same weight as other tensors, of another format; bias and activation scales stay."""
-        kept = {
-            name: value
-            for name, value in self._parameters.items()
-            if name == "bias" or name.startswith(("input_", "output_"))
-        }
+        self._hold({name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}, format)
+
+    def share_weight(self, twin: CompressedModule) -> None:
+        """Hold the very tensors of the weight of ``twin``; bias and activation scales stay this module's own."""
+        self._hold({name: value for name, value in twin._parameters.items() if is_of_weight(name)}, twin.format)
+
+    def _hold(self, weight: Mapping[str, nn.Parameter | None], format: CompressionFormat) -> None:
+        own = {name: value for name, value in self._parameters.items() if not is_of_weight(name)}
         self._parameters.clear()
-        for name, tensor in tensors.items():
-            self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-        self._parameters.update(kept)
-        self._weight_name = _name_of_codes(tensors)
+        self._parameters.update({**weight, **own})
+        self._weight_name = _name_of_codes(weight)
         self.format = format
 
     def _weight_tensors(self) -> tuple[torch.Tensor | None, ...]:
@@ -267,6 +268,11 @@ def compressed_modules(model: nn.Module) -> dict[str, CompressedModule]:
     return {name: module for name, module in model.named_modules() if isinstance(module, CompressedModule)}
 
 
+def is_of_weight(suffix: str) -> bool:
+    """Whether a module's tensor is part of its weight, which may be tied to another's; bias and scales are its own."""
+    return suffix != "bias" and not suffix.startswith(("input_", "output_"))
+
+
 def describe_scheme(scheme: QuantizationScheme) -> str:
     """A scheme in a few words: ``int4 group 128 symmetric, input float8 token dynamic``."""
     parts = []
@@ -290,7 +296,7 @@ def _describe_args(args: QuantizationArgs) -> str:
     return f"{args.type.value}{args.num_bits} {args.strategy.value}{size} {kind}"
 
 
-def _name_of_codes(tensors: Mapping[str, torch.Tensor]) -> str:
+def _name_of_codes(tensors: Collection[str]) -> str:
     return next(name for name in ("weight_packed", "compressed", "weight") if name in tensors)
 
 

@@ -18,7 +18,7 @@ from compressed_format.formats.module import check_runnable
 from compressed_format.linear import CompressedEmbedding, CompressedLinear, CompressedModule
 from compressed_format.quantization import QuantizedWeight, group_size_problem, quantize, weight_scales
 
-__all__ = ["check_modules", "compress_module", "plain_module", "treatment"]
+__all__ = ["check_modules", "compress_module", "compressed_successor", "out_features", "plain_module", "treatment"]
 
 _Successor = TypeVar("_Successor", bound=nn.Module)
 
@@ -103,24 +103,28 @@ def compress_module(
     if sparsity is not None:
         values = tensors.pop("weight")
         tensors = {**SPARSITY_FORMATS[sparsity].encode(values, place=place), **tensors}
-    tensors = {**tensors, **activation_scales}
-    shape = (weight.shape[0], weight.shape[1])
+    return compressed_successor(module, {**tensors, **activation_scales}, assignment)
+
+
+def compressed_successor(
+    module: nn.Linear | nn.Embedding, tensors: Mapping[str, torch.Tensor], assignment: Assignment
+) -> CompressedModule:
+    """A compressed module of ``tensors`` in place of a plain one, with its bias, hooks and mode."""
+    weight, sparsity = module.weight, assignment.sparsity
+    described = (tensors, (weight.shape[0], weight.shape[1]), assignment.scheme, assignment.format)
     compressed: CompressedModule
     if isinstance(module, nn.Linear):
-        compressed = CompressedLinear(
-            tensors, shape, scheme, assignment.format, sparsity=sparsity, bias=module.bias, dtype=weight.dtype
-        )
+        compressed = CompressedLinear(*described, sparsity=sparsity, bias=module.bias, dtype=weight.dtype)
     else:
-        compressed = CompressedEmbedding(
-            tensors,
-            shape,
-            scheme,
-            assignment.format,
-            sparsity=sparsity,
-            padding_idx=module.padding_idx,
-            dtype=weight.dtype,
-        )
+        padding_idx = module.padding_idx
+        compressed = CompressedEmbedding(*described, sparsity=sparsity, padding_idx=padding_idx, dtype=weight.dtype)
     return _succeed(module, compressed)
+
+
+def out_features(module: nn.Linear | nn.Embedding) -> int:
+    """How wide the outputs of ``module`` are: a Linear has one for each row of its weight, an Embedding yields rows."""
+    rows, columns = module.weight.shape
+    return columns if isinstance(module, nn.Embedding) else rows
 
 
 def plain_module(module: CompressedModule, weight: nn.Parameter) -> nn.Module:
@@ -187,8 +191,7 @@ def _misfits(module: nn.Linear | nn.Embedding, assignment: Assignment) -> Iterat
     if isinstance(module, nn.Embedding) and inputs is not None:
         yield "an Embedding has indices for inputs, which cannot be quantized; give it a group of its own"
         inputs = None
-    out_features = columns if isinstance(module, nn.Embedding) else module.weight.shape[0]
-    for end, activations, features in (("input", inputs, columns), ("output", outputs, out_features)):
+    for end, activations, features in (("input", inputs, columns), ("output", outputs, out_features(module))):
         size = 0 if activations is None else activation_group_size(activations)
         if size > 0 and features % size:
             yield (
@@ -221,7 +224,7 @@ def _rehearse(assignment: Assignment) -> CompressedFormatError | None:
     size = args.group_size if args is not None and args.strategy is QuantizationStrategy.GROUP else None
     columns = math.lcm(4, size or 1)
     layer = nn.Linear(columns, 4, bias=False, device="meta")
-    layer.weight = nn.Parameter(torch.zeros(4, columns))
+    layer.weight = nn.Parameter(torch.zeros(4, columns, device="cpu"))
     try:
         compress_module(layer, assignment, {}, "")
     except CompressedFormatError as error:

@@ -80,7 +80,8 @@ def block_shape(args: QuantizationArgs, shape: torch.Size | tuple[int, ...]) -> 
     if args.strategy is QuantizationStrategy.CHANNEL:
         return 1, columns
     if args.strategy is QuantizationStrategy.BLOCK and args.block_structure is not None:
-        return args.block_structure
+        # No larger than the weight: what lies beyond it would be padding, and a config may name any size.
+        return min(args.block_structure[0], rows), min(args.block_structure[1], columns)
     if args.strategy is QuantizationStrategy.GROUP and args.group_size is not None:
         return 1, args.group_size
     raise UnsupportedFormatError(f"the strategy {args.strategy.value!r} is not one of weights")

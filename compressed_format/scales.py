@@ -83,12 +83,15 @@ def scale_of_range(
     """
     minimum = minimum.clamp(max=0)
     maximum = maximum.clamp(min=0)
-    span = torch.tensor(highest - lowest, dtype=maximum.dtype, device=maximum.device)
-    epsilon = torch.tensor(torch.finfo(maximum.dtype).eps, dtype=maximum.dtype, device=maximum.device)
+    # A tensor, because torch multiplies by the reciprocal of a number on some devices; filled where it lies, because a
+    # copy from the host would wait for the device. Every span, and the half of it, is exact in every dtype.
+    span = highest - lowest
+    divisor = maximum.new_full((), span / 2 if zero_point_dtype is None else span)
+    epsilon = torch.finfo(maximum.dtype).eps
     if zero_point_dtype is None:
-        scale = torch.maximum(minimum.abs(), maximum.abs()) / (span / 2)
+        scale = torch.maximum(minimum.abs(), maximum) / divisor
         return _at_least_1d(torch.where(scale == 0, epsilon, scale)), None
-    scale = (maximum - minimum) / span
+    scale = (maximum - minimum) / divisor
     ratio = minimum / scale
     # The peer's `lowest` is a float32 scalar tensor, which decides the dtype of the difference where the range is a
     # scalar too: dynamic quantization of a whole tensor.

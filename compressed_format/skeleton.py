@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from frozendict import frozendict
@@ -19,35 +18,22 @@ from compressed_format.config import (
     Assignment,
     CompressionFormat,
     QuantizationConfig,
-    QuantizationScheme,
     resolve_targets,
 )
 from compressed_format.dtypes import DTYPES, torch_dtype
 from compressed_format.errors import CompressedFormatWarning, FormatError, Problem, UnsupportedFormatError
-from compressed_format.formats import FORMATS, SPARSITY_FORMATS, PackLayout, PackQuantized, pack_layout
-from compressed_format.formats.base import TensorSpec, check_scales, decode_g_idx
+from compressed_format.formats import SPARSITY_FORMATS, PackQuantized, TensorSpec
+from compressed_format.formats.base import StoredTensor, check_scales, decode_g_idx
 from compressed_format.formats.module import check_runnable, module_tensor_specs
-from compressed_format.linear import CompressedEmbedding, CompressedLinear, CompressedModule
-from compressed_format.quantization import QuantizedWeight
+from compressed_format.kv_cache import keep_cache_scales
+from compressed_format.linear import CompressedModule, is_of_weight
+from compressed_format.module_compression import compressed_successor, out_features, treatment
+from compressed_format.older_layouts import modernize, without_marlin
 
-__all__ = ["Skeleton", "StoredTensor", "dtype_misfit"]
+__all__ = ["Skeleton", "dtype_misfit"]
 
-# Scales of a quantized KV cache, on attention modules; `output_scale` on k_proj and v_proj is their name of 2024.
-_CACHE_SUFFIXES = frozenset(f"{part}_{what}" for part in "qkv" for what in ("scale", "zero_point"))
-_OLD_CACHE_SUFFIXES = frozenset({"output_scale", "output_zero_point"})
-_OLD_CACHE_MODULES = frozenset({"k_proj", "v_proj"})
 _ZERO_POINT_SUFFIXES = frozenset({"weight_zero_point", "input_zero_point", "output_zero_point"})
 _ONLINE_LOCATIONS = frozenset({"input", "output", "k_cache", "q_attn"})
-
-
-class StoredTensor(Protocol):
-    """What is known of a tensor before it is read: the name of its dtype, and its shape."""
-
-    @property
-    def dtype(self) -> str: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
 
 
 class Skeleton:
@@ -93,7 +79,7 @@ class Skeleton:
                 without_weight[name] = assignment
         for name, assignment in without_weight.items():
             self._swap_twin(name, assignment, by_module, resolution.assignments)
-        self._keep_cache_scales(by_module)
+        self.packed |= keep_cache_scales(model, by_module, self.explained)
 
     def finish(self, dtype: torch.dtype | None = None) -> None:
         """Check what only the values tell, and re-encode layouts that are read but not run. Call it once, last.
@@ -108,14 +94,14 @@ class Skeleton:
                 module.dtype = dtype
             weight = module._parameters[module._weight_name]
             if weight in done:
-                _share_weight(module, done[weight])
+                module.share_weight(done[weight])
                 continue
             done[weight] = module
             if any(parameter.is_meta for parameter in module.parameters()):
                 continue  # kept on disk by whoever loads the model
             try:
                 _check_values(name, module)
-                legacy = _modernize(name, module, self.config.version)
+                legacy = modernize(name, module, self.config.version)
             except FormatError as error:
                 problems.extend(error.problems)
                 continue
@@ -128,7 +114,7 @@ class Skeleton:
                 message = f"{count} modules were stored in the {legacy} layout, and are held as pack-quantized now"
                 warnings.warn(message, CompressedFormatWarning, stacklevel=4)
         if any(re_encoded.values()):
-            self.config = _without_marlin(self.config).model_copy(update={"version": FORMAT_VERSION})
+            self.config = without_marlin(self.config).model_copy(update={"version": FORMAT_VERSION})
 
     def _swap(
         self,
@@ -141,7 +127,9 @@ class Skeleton:
         module = self.model.get_submodule(name)
         assert isinstance(module, (nn.Linear, nn.Embedding))  # nothing else is ever assigned
         shape = (module.weight.shape[0], module.weight.shape[1])
-        specs = module_tensor_specs(assignment.scheme, assignment.format, assignment.sparsity, shape)
+        specs = module_tensor_specs(
+            assignment.scheme, assignment.format, assignment.sparsity, shape, out_features(module)
+        )
         tensors = {}
         problems = []
         for suffix, spec in specs.items():
@@ -162,9 +150,9 @@ class Skeleton:
         for suffix in stored.keys() & _ZERO_POINT_SUFFIXES - specs.keys():
             # Old releases stored the zero points of symmetric schemes too; they mean nothing.
             self.explained.add(f"{name}.{suffix}")
-        compressed = _compressed(module, tensors, shape, assignment)
+        compressed = compressed_successor(module, tensors, assignment)
         if twin is not None:
-            _share_weight(compressed, twin)
+            compressed.share_weight(twin)
         self._modules[name] = compressed
         for place in self._names[name]:
             self.packed.update(f"{place}.{suffix}" for suffix in tensors)
@@ -190,7 +178,7 @@ class Skeleton:
                     self.explained.add(f"{name}.weight")
                     return
             elif other in self._modules:
-                if _likeness(assignments[other]) != _likeness(assignment):
+                if treatment(assignments[other]) != treatment(assignment):
                     message = f"is that of {other}, where {assignments[other].reason}, but {assignment.reason}"
                     self.problems.append(Problem(f"{name}.weight", message))
                     self.explained.add(f"{name}.weight")
@@ -198,7 +186,7 @@ class Skeleton:
                 stored = next(
                     by_module[place] for place in self._names[other] if _holds_weight(by_module.get(place, {}))
                 )
-                weight = {suffix: tensor for suffix, tensor in stored.items() if not _is_own(suffix)}
+                weight = {suffix: tensor for suffix, tensor in stored.items() if is_of_weight(suffix)}
                 self._swap(name, assignment, {**own, **weight}, self._modules[other])
                 return
         self._swap(name, assignment, own)
@@ -220,55 +208,6 @@ class Skeleton:
             problems = [Problem(f"{name}.weight", message)]
         self.problems.extend(problems)
 
-    def _keep_cache_scales(self, by_module: Mapping[str, Mapping[str, StoredTensor]]) -> None:
-        """Make room for KV-cache scales, so that they are kept and saved again; nothing here applies them."""
-        kept = 0
-        for name, stored in by_module.items():
-            suffixes = stored.keys() & _CACHE_SUFFIXES
-            if name.rpartition(".")[2] in _OLD_CACHE_MODULES:
-                suffixes |= stored.keys() & _OLD_CACHE_SUFFIXES
-            try:
-                module = self.model.get_submodule(name)
-            except AttributeError:
-                continue
-            for suffix in sorted(suffixes - module._parameters.keys()):
-                if f"{name}.{suffix}" in self.explained:
-                    continue
-                tensor = stored[suffix]
-                empty = torch.empty(tuple(tensor.shape), dtype=torch_dtype(tensor.dtype), device="meta")
-                module._parameters[suffix] = nn.Parameter(empty, requires_grad=False)
-                self.packed.add(f"{name}.{suffix}")
-                kept += 1
-        if kept:
-            message = f"{kept} KV-cache scales are kept in the state dict, but not applied: the cache stays unquantized"
-            warnings.warn(message, CompressedFormatWarning, stacklevel=5)
-
-
-def _compressed(
-    module: nn.Linear | nn.Embedding,
-    tensors: Mapping[str, torch.Tensor],
-    shape: tuple[int, int],
-    assignment: Assignment,
-) -> CompressedModule:
-    dtype = module.weight.dtype
-    compressed: CompressedModule
-    if isinstance(module, nn.Embedding):
-        compressed = CompressedEmbedding(
-            tensors,
-            shape,
-            assignment.scheme,
-            assignment.format,
-            sparsity=assignment.sparsity,
-            padding_idx=module.padding_idx,
-            dtype=dtype,
-        )
-    else:
-        bias = module._parameters.get("bias")
-        compressed = CompressedLinear(
-            tensors, shape, assignment.scheme, assignment.format, sparsity=assignment.sparsity, bias=bias, dtype=dtype
-        )
-    return compressed.train(module.training)
-
 
 def _problem(
     suffix: str, spec: TensorSpec, tensor: StoredTensor, assignment: Assignment, shape: tuple[int, int]
@@ -281,34 +220,6 @@ def _problem(
     older = PackQuantized.legacy_specs(shape, scheme.weights)[suffix]
     fits_older = any(spec.problem(torch_dtype(tensor.dtype), tuple(tensor.shape)) is None for spec in older)
     return None if fits_older else message
-
-
-def _modernize(name: str, module: CompressedModule, version: str | None) -> str | None:
-    """Check ``weight_shape``, and re-encode a layout that is not run; returns the layout's name if it was one."""
-    args = None if module.scheme is None else module.scheme.weights
-    if args is None or module.format not in (CompressionFormat.PACK_QUANTIZED, CompressionFormat.MARLIN_24):
-        return None
-    tensors = {suffix: value.data for suffix, value in module._parameters.items() if value is not None}
-    marlin = module.format is CompressionFormat.MARLIN_24
-    if marlin:
-        quantized = FORMATS[CompressionFormat.MARLIN_24].decode(tensors, args, place=name)
-    else:
-        stored, expected = tensors["weight_shape"].tolist(), list(module._weight_shape)
-        if stored != expected:
-            message = f"says {stored}, but the module's weight is {expected}"
-            raise FormatError(problems=[Problem(f"{name}.weight_shape", message)])
-        packed, columns = tensors["weight_packed"], module._weight_shape[1]
-        layout = pack_layout(packed, args.num_bits, columns, version=version, place=name)
-        zero_point = tensors.get("weight_zero_point")
-        unpacked = zero_point is not None and zero_point.dtype == torch.int8 and PackQuantized.packs_zero_points(args)
-        if layout is PackLayout.DENSE and not unpacked:
-            return None
-        quantized = PackQuantized().decode(tensors, args, place=name, layout=layout)
-    module.replace_weight(_encode_packed(quantized, module.scheme, name), CompressionFormat.PACK_QUANTIZED)
-    if marlin and module.scheme is not None:
-        module.scheme = _as_packed(module.scheme)
-        return "marlin-24"
-    return "word-aligned" if layout is PackLayout.WORD_ALIGNED else "unpacked zero-point"
 
 
 def dtype_misfit(stored: StoredTensor, expected: torch.dtype) -> str | None:
@@ -367,32 +278,7 @@ def _modules_sharing_weights(model: nn.Module, tied: Mapping[str, str]) -> dict[
 
 
 def _holds_weight(stored: Mapping[str, StoredTensor]) -> bool:
-    return not all(_is_own(suffix) for suffix in stored)
-
-
-def _is_own(suffix: str) -> bool:
-    """Whether a tensor belongs to the module itself, rather than to a weight that may be tied to another's."""
-    return suffix == "bias" or suffix.startswith(("input_", "output_"))
-
-
-def _likeness(assignment: Assignment) -> object:
-    """What two modules must have in common to share a compressed weight."""
-    return (assignment.scheme and assignment.scheme.weights, assignment.format, assignment.sparsity)
-
-
-def _share_weight(module: CompressedModule, twin: CompressedModule) -> None:
-    own = {suffix: value for suffix, value in module._parameters.items() if _is_own(suffix)}
-    weight = {suffix: value for suffix, value in twin._parameters.items() if not _is_own(suffix)}
-    module._parameters.clear()
-    module._parameters.update(weight | own)
-    module.format = twin.format
-
-
-def _encode_packed(
-    quantized: QuantizedWeight, scheme: QuantizationScheme | None, place: str
-) -> dict[str, torch.Tensor]:
-    args = None if scheme is None else scheme.weights
-    return FORMATS[CompressionFormat.PACK_QUANTIZED].encode(quantized, args, place=place)
+    return any(is_of_weight(suffix) for suffix in stored)
 
 
 def _refuse_what_cannot_run(
@@ -421,18 +307,3 @@ def _refuse_what_cannot_run(
                     problems.append(Problem(place, message))
     if problems:
         raise UnsupportedFormatError("the checkpoint needs what cannot be run correctly here:", problems)
-
-
-def _without_marlin(config: QuantizationConfig) -> QuantizationConfig:
-    """The config of the same model once no module is held as marlin-24."""
-    if all(config.format_of(scheme) is not CompressionFormat.MARLIN_24 for scheme in config.config_groups.values()):
-        return config
-    groups = {
-        name: _as_packed(scheme) if config.format_of(scheme) is CompressionFormat.MARLIN_24 else scheme
-        for name, scheme in config.config_groups.items()
-    }
-    return config.replace(config_groups=groups)
-
-
-def _as_packed(scheme: QuantizationScheme) -> QuantizationScheme:
-    return scheme.model_copy(update={"format": CompressionFormat.PACK_QUANTIZED})

@@ -878,3 +878,14 @@ def test_casting_before_decompressing_decides_the_dtype() -> None:
     expected = model[0].weight.to(torch.bfloat16)
     decompress(model.to(torch.bfloat16))
     assert_same_bits(model[0].weight.data, expected)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "g_idx" not in case])
+def test_a_default_device_changes_nothing(case: str) -> None:
+    """Every tensor is made where the weight is, not where a program makes its own."""
+    compressed, model = linear_of(case), nn.Sequential(nn.Linear(COLUMNS, ROWS))
+    model[0].weight, model[0].bias = nn.Parameter(dense_weight()), compressed.bias
+    with torch.device("meta"):
+        compress(model, config_of_case(case))
+        model(torch.ones(2, COLUMNS, device="cpu"))
+    assert_same_tensors(model[0].state_dict(), compressed.state_dict())

@@ -44,3 +44,24 @@ def test_a_model_loads_onto_the_gpu_and_runs(preset: str, tmp_path: Path) -> Non
     # TF32 is off by default; what differs is the order of the sums.
     torch.testing.assert_close(loaded(inputs.cuda()).cpu(), model(inputs), rtol=1e-4, atol=1e-4)
     assert all(parameter.is_cuda for parameter in loaded.parameters())
+
+
+@pytest.mark.parametrize("preset", ["W8A8", "FP8_DYNAMIC"])
+def test_a_forward_pass_copies_nothing_from_the_host(preset: str) -> None:
+    """It could not be captured into a CUDA graph otherwise."""
+    model = compress(nn.Sequential(nn.Linear(512, 256, device="cuda")), preset)
+    inputs = torch.randn(8, 512, device="cuda")
+    with torch.no_grad():
+        expected = model(inputs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = model(inputs)
+        graph.replay()
+    assert torch.equal(output, expected)
+
+
+def test_sparse_tensors_are_where_the_weight_is() -> None:
+    group = {"targets": ["Linear"], "sparsity": "2:4"}
+    model = compress(nn.Sequential(nn.Linear(64, 32, device="cuda")), {"config_groups": {"group_0": group}})
+    assert all(parameter.is_cuda for parameter in model.parameters())
+    assert model(torch.ones(2, 64, device="cuda")).is_cuda

@@ -164,7 +164,7 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 @pytest.mark.parametrize("case", CASES)
 def test_parameters_are_the_tensors_of_the_file(case: str) -> None:
     module = linear_of(case)
-    specs = module_tensor_specs(module.scheme, module.format, module.sparsity, (ROWS, COLUMNS))
+    specs = module_tensor_specs(module.scheme, module.format, module.sparsity, (ROWS, COLUMNS), ROWS)
     state = module.state_dict()
     assert sorted(state) == sorted([*specs, "bias"])
     assert dict(module.named_parameters()).keys() == state.keys()
@@ -550,6 +550,30 @@ def test_compile_with_inductor() -> None:
         x = inputs(batch)
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("case", FEW)
+def test_autocast_is_that_of_a_plain_linear(case: str, compiled: bool) -> None:
+    torch._dynamo.reset()
+    module = linear_of(case)
+    scheme, module._input = module.scheme, None  # a plain linear rounds nothing
+    plain = nn.Linear(COLUMNS, ROWS)
+    plain.weight, plain.bias = nn.Parameter(module.weight), module.bias
+    results = []
+    for layer in (module, plain):
+
+        def run(x: torch.Tensor, layer: nn.Module = layer) -> torch.Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return layer(x)
+
+        x = inputs(2).requires_grad_()
+        output = (torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run)(x)
+        assert output.dtype == torch.bfloat16, scheme
+        output.float().sum().backward()
+        results.append((output, x.grad))
+    assert_same_bits(results[0][0], results[1][0])
+    assert_same_bits(results[0][1], results[1][1])
 
 
 def test_compile_embedding() -> None:

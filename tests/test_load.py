@@ -132,6 +132,15 @@ def test_a_module_that_sits_in_two_places_stays_one(tmp_path: Path) -> None:
     assert_same_bits(again(x), saved(x))
 
 
+def test_hooks_of_the_skeleton_stay(tmp_path: Path) -> None:
+    saved_nested(tmp_path / "x")
+    model, seen = seeded(Nested, seed=1), []
+    model.blocks[1].down.register_forward_hook(lambda module, *_: seen.append(module))
+    loaded = load_compressed(tmp_path / "x", model=model)
+    loaded(torch.ones(1, 32))
+    assert seen == [loaded.blocks[1].down]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dtype_is_that_of_what_is_not_packed(dtype: torch.dtype, tmp_path: Path) -> None:
     saved = saved_nested(tmp_path / "x")
@@ -449,6 +458,17 @@ def test_outputs_are_rounded(symmetric: bool, tmp_path: Path) -> None:
     by_hand = (torch.clamp(torch.round(plain / scale + zero_point), -128, 127) - zero_point) * scale
     assert_same_bits(loaded(INPUT), by_hand)
     assert not torch.equal(loaded(INPUT), plain)
+
+
+def test_outputs_of_an_embedding_are_as_wide_as_its_rows(tmp_path: Path) -> None:
+    config = weights(8, "Embedding")
+    config["config_groups"]["group_0"]["output_activations"] = {"num_bits": 8, "strategy": "group", "group_size": 8}
+    ids = torch.arange(24)
+    saved = compress(nn.Sequential(seeded(nn.Embedding, 24, 16)), config, calibration=[ids])
+    assert saved[0].output_scale.shape == (2,)
+    save_compressed(saved, tmp_path / "x")
+    loaded = load_compressed(tmp_path / "x", model=nn.Sequential(nn.Embedding(24, 16)))
+    assert_same_bits(loaded(ids), saved(ids))
 
 
 class CachedAttention(nn.Module):

@@ -101,6 +101,19 @@ def test_each_strategy_has_its_own_rectangles() -> None:
         assert torch.equal(dequantize(quantized, args) != 0, weight != 0)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_block_larger_than_the_weight_is_all_of_it(symmetric: bool) -> None:
+    """A config may say any size; nothing is padded to it."""
+    weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)) + 1
+    huge = QuantizationArgs(strategy="block", block_structure=(10**12, 10**12), symmetric=symmetric)
+    quantized = quantize(weight, huge)
+    by_tensor = QuantizationArgs(strategy="tensor", symmetric=symmetric)
+    whole = quantize(weight, by_tensor)
+    assert scale_shape(huge, weight.shape) == tuple(quantized.scale.shape) == (1, 1)
+    assert torch.equal(quantized.codes, whole.codes)
+    assert torch.equal(dequantize(quantized, huge), dequantize(whole, by_tensor))
+
+
 @pytest.mark.parametrize(
     ("dtype", "epsilon"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10), (torch.float32, 2**-23)]
 )

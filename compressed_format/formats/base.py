@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -16,6 +17,7 @@ from compressed_format.scales import code_range
 __all__ = [
     "FLOAT_DTYPES",
     "Format",
+    "StoredTensor",
     "TensorSpec",
     "check_codes",
     "check_scales",
@@ -47,6 +49,16 @@ class TensorSpec:
             return None
         expected = ", ".join("any" if size is None else str(size) for size in self.shape)
         return f"has shape {list(shape)}, expected [{expected}]"
+
+
+class StoredTensor(Protocol):
+    """What is known of a tensor before it is read: the name of its dtype, and its shape."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 class Format(ABC):

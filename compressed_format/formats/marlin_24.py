@@ -86,25 +86,25 @@ def _untile(packed: torch.Tensor, bits: int, rows: int, columns: int) -> torch.T
     codes = ((packed.to(torch.int64).unsqueeze(-1) >> shifts) & ((1 << bits) - 1)) - (1 << (bits - 1))
     shuffled = codes.to(torch.int8).reshape(-1, _RUN)
     runs = torch.empty_like(shuffled)
-    runs[:, _code_order(bits).to(packed.device)] = shuffled
+    runs[:, _code_order(bits, packed.device)] = shuffled
     tiles = runs.reshape(rows // _TILE, columns // _TILE, _TILE, _TILE)
     return tiles.transpose(1, 2).reshape(rows, columns)
 
 
-def _code_order(bits: int) -> torch.Tensor:
+def _code_order(bits: int, device: torch.device) -> torch.Tensor:
     """Where each of 1024 stored codes comes from within its four tiles.
 
     A warp's thread ``t`` holds, for each of four neighbouring columns, the fragment that ``mma.sp`` wants of it: rows
     ``2(t % 4)`` and the next one, the same eight rows further down, in two blocks of columns. The codes of a thread
     are interleaved at last, so that one word gives up its codes two at a time.
     """
-    thread = torch.arange(32).reshape(32, 1, 1, 1)
-    neighbour = torch.arange(4).reshape(1, 4, 1, 1)
-    block = torch.arange(2).reshape(1, 1, 2, 1)
-    row = 2 * (thread % 4) + torch.tensor([0, 1, 8, 9]).reshape(1, 1, 1, 4)
+    thread = torch.arange(32, device=device).reshape(32, 1, 1, 1)
+    neighbour = torch.arange(4, device=device).reshape(1, 4, 1, 1)
+    block = torch.arange(2, device=device).reshape(1, 1, 2, 1)
+    row = 2 * (thread % 4) + torch.tensor([0, 1, 8, 9], device=device).reshape(1, 1, 1, 4)
     column = thread // 4
     source = 16 * row + 256 * (column // 2) + 8 * (column % 2) + 4 * block + neighbour
-    interleave = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7] if bits == 4 else [0, 2, 1, 3])
+    interleave = [0, 2, 4, 6, 1, 3, 5, 7] if bits == 4 else [0, 2, 1, 3]
     return source.reshape(-1, len(interleave))[:, interleave].reshape(-1)
 
 

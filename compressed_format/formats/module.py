@@ -40,8 +40,12 @@ def module_tensor_specs(
     format: CompressionFormat,
     sparsity: CompressionFormat | None,
     shape: tuple[int, int],
+    out_features: int,
 ) -> dict[str, TensorSpec]:
-    """Every tensor that a checkpoint holds for a module with a weight of ``shape`` ``[O, I]``, but its bias."""
+    """Every tensor that a checkpoint holds for a module with a weight of ``shape`` ``[O, I]``, but its bias.
+
+    ``out_features`` is the width of its outputs: ``O`` for a Linear, ``I`` for an Embedding.
+    """
     weights = None if scheme is None else scheme.weights
     specs = format_named(format).tensor_specs(shape, weights)
     if sparsity is not None:
@@ -51,7 +55,7 @@ def module_tensor_specs(
         specs = {**sparse, **specs}
     if scheme is not None:
         specs |= _activation_specs("input", scheme.input_activations, shape[1])
-        specs |= _activation_specs("output", scheme.output_activations, shape[0])
+        specs |= _activation_specs("output", scheme.output_activations, out_features)
     return specs
 
 

@@ -42,7 +42,7 @@ class SparseBitmask:
         mask = _nonzero(weight)
         counts = mask.sum(dim=-1)
         return {
-            "shape": torch.tensor(weight.shape, dtype=torch.int64),
+            "shape": torch.tensor(weight.shape, dtype=torch.int64, device=weight.device),
             "compressed": _select(weight, mask),
             "bitmask": pack_bitmask(mask),
             "row_offsets": counts.cumsum(0) - counts,
@@ -93,9 +93,9 @@ class Sparse24Bitmask:
         # choice of the files that exist, whose writer left it to topk on the CPU.
         quads = _magnitude(weight).unflatten(-1, (-1, 4)).cpu()
         kept = quads.topk(2, dim=-1).indices
-        mask = torch.zeros(quads.shape, dtype=torch.bool).scatter_(-1, kept, True).flatten(-2).to(weight.device)
+        mask = quads.new_zeros(quads.shape, dtype=torch.bool).scatter_(-1, kept, True).flatten(-2).to(weight.device)
         return {
-            "shape": torch.tensor(weight.shape, dtype=torch.int64).unsqueeze(-1),
+            "shape": torch.tensor(weight.shape, dtype=torch.int64, device=weight.device).unsqueeze(-1),
             "compressed": _select(weight, mask).reshape(weight.shape[0], weight.shape[1] // 2),
             "bitmask": pack_bitmask(mask),
         }

@@ -23,9 +23,10 @@ from compressed_format.checkpoint import read_checkpoint
 from compressed_format.compression import attach_config
 from compressed_format.config import QuantizationConfig
 from compressed_format.errors import CheckpointError, Problem
+from compressed_format.formats.base import StoredTensor
 from compressed_format.linear import compressed_modules
 from compressed_format.renaming import rename_modules
-from compressed_format.skeleton import Skeleton, StoredTensor, dtype_misfit
+from compressed_format.skeleton import Skeleton, dtype_misfit
 
 __all__ = ["checkpoint_names", "load_pretrained", "module_names"]
 

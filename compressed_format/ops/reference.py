@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from compressed_format import bitpack
-from compressed_format.activations import fake_quantize_activations
+from compressed_format.activations import fake_quantize_activations as fake_quantize
 from compressed_format.bitmask import expand_bitmask
 from compressed_format.quantization import dequantize_blocks
 
@@ -79,24 +79,6 @@ def embedding(
         scales = scale if scale.numel() == 1 else scale[rows // block_rows]
         codes = dequantize_blocks(codes, scales, zero_points, g_idx, 1, block_columns)
     return codes.reshape(*indices.shape, columns)
-
-
-def fake_quantize(
-    input: torch.Tensor,
-    scale: torch.Tensor | None,
-    zero_point: torch.Tensor | None,
-    bits: int,
-    is_float: bool,
-    symmetric: bool,
-    group_size: int,
-) -> torch.Tensor:
-    """Round activations ``[..., n]`` to what ``bits`` can hold, and back.
-
-    ``scale`` and ``zero_point`` are the static ones (``[1]``, or ``[n / group_size]``); without ``scale`` they are
-    found from the values. ``group_size`` is the number of values that share one: 0 the whole tensor, -1 a token (the
-    last dimension), else so many along the last dimension.
-    """
-    return fake_quantize_activations(input, scale, zero_point, bits, is_float, symmetric, group_size)
 
 
 def _codes(weight: torch.Tensor, bitmask: torch.Tensor | None, bits: int, columns: int) -> torch.Tensor:

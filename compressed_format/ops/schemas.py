@@ -193,6 +193,24 @@ for _name in ("linear", "linear_reference"):
     )
 
 
+def _register_autocast(name: str, device: str, key: torch._C.DispatchKey) -> None:
+    """Under ``torch.autocast``, multiply in its dtype, as torch's own linear does; float64 stays what it is."""
+    op = getattr(torch.ops.compressed_format, name).default
+
+    def with_cast(input: torch.Tensor, *rest: Any) -> Any:
+        if input.is_floating_point() and input.dtype != torch.float64:
+            input = input.to(torch.get_autocast_dtype(device))
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return op(input, *rest)
+
+    _library.impl(name, with_cast, key.name)
+
+
+for _name in ("linear", "linear_reference"):
+    _register_autocast(_name, "cpu", torch._C.DispatchKey.AutocastCPU)
+    _register_autocast(_name, "cuda", torch._C.DispatchKey.AutocastCUDA)
+
+
 # embedding -----------------------------------------------------------------------------------------------------------
 
 

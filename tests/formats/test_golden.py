@@ -171,7 +171,7 @@ def test_nvfp4_and_mx_are_refused(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", quantized_cases(CURRENT, served=True))
 def test_tensors_of_a_module_are_those_of_the_file(case: dict[str, Any]) -> None:
-    specs = module_tensor_specs(_scheme(case), _format(case), None, tuple(case["shape"]))
+    specs = module_tensor_specs(_scheme(case), _format(case), None, tuple(case["shape"]), case["shape"][0])
     tensors = golden_tensors(case)
     tensors.pop("bias", None)
     assert sorted(specs) == sorted(tensors)

@@ -14,7 +14,7 @@ STATIC = QuantizationArgs(num_bits=8, strategy="tensor")
 
 def shapes(scheme: QuantizationScheme | None, format: str, sparsity: str | None = None) -> dict[str, object]:
     names = CompressionFormat(format), None if sparsity is None else CompressionFormat(sparsity)
-    return {name: spec.shape for name, spec in module_tensor_specs(scheme, *names, (6, 16)).items()}
+    return {name: spec.shape for name, spec in module_tensor_specs(scheme, *names, (6, 16), 6).items()}
 
 
 def test_static_activations_have_scales() -> None:
@@ -47,7 +47,9 @@ def test_sparsity_replaces_the_weight_and_keeps_its_dtypes() -> None:
         "bitmask": (6, 2),
         "weight_scale": (6, 1),
     }
-    specs = module_tensor_specs(scheme, CompressionFormat.INT_QUANTIZED, CompressionFormat.SPARSE_24_BITMASK, (6, 16))
+    specs = module_tensor_specs(
+        scheme, CompressionFormat.INT_QUANTIZED, CompressionFormat.SPARSE_24_BITMASK, (6, 16), 6
+    )
     assert specs["compressed"].dtypes == (torch.int8,)
     assert shapes(None, "dense", "sparse-bitmask") == {
         "shape": (2,),
