@@ -38,7 +38,8 @@ def load_compressed(
 
     Raises :class:`CheckpointError` with every missing, unexpected, misshapen or mistyped tensor;
     :class:`UnsupportedFormatError` for what could not be run correctly, by feature and module; :class:`ConfigError`
-    for a config that means nothing. Nothing is ever left as it was initialised.
+    for a config that means nothing. Nothing is ever left as it was initialised; a ``model`` with which this has failed
+    is half swapped, and has to be built anew.
     """
     path = Path(path)
     config, problems = QuantizationConfig.from_checkpoint(path)

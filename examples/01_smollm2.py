@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import resource
 import subprocess
 import sys
 import time
@@ -117,7 +116,6 @@ def evaluate(name: str, folder: Path) -> None:
         "answers": answers,
         "perplexity": math.exp(loss),
         "parameter bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
-        "peak memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "load seconds": load_seconds,
     }
     print(json.dumps(result))

@@ -1,4 +1,4 @@
-"""The ops on compressed weights and on activations: schema, checks, fake and autograd formula of each.
+"""The ops on compressed weights and on activations: schema, checks, fake, autograd and autocast of each.
 
 Every ``<op>`` has a twin ``<op>_reference`` that always runs the definition in :mod:`.reference`. Until a native
 library registers a kernel for a device, ``<op>`` is that definition too. Packed tensors, scales and zero points have
