@@ -27,6 +27,7 @@ def load_compressed(
     model: nn.Module | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    allow_unknown: bool = False,
     **from_pretrained: Any,
 ) -> nn.Module:
     """Load the checkpoint folder ``path``; its weights stay packed, in memory and while they run.
@@ -34,7 +35,8 @@ def load_compressed(
     Without ``model``, transformers builds the architecture that ``config.json`` names, and ``from_pretrained`` goes
     to its ``from_pretrained``. With ``model``, that module is filled and returned; it may have been built on the meta
     device. ``dtype`` is that of everything uncompressed and of activations (default: as stored); codes and scales
-    stay as they are in the file. On the CPU, tensors are mapped, not copied.
+    stay as they are in the file. On the CPU, tensors are mapped, not copied. ``allow_unknown`` reads a config whose
+    groups have keys with values that nobody here knows; without it they are errors.
 
     Raises :class:`CheckpointError` with every missing, unexpected, misshapen or mistyped tensor;
     :class:`UnsupportedFormatError` for what could not be run correctly, by feature and module; :class:`ConfigError`
@@ -42,7 +44,7 @@ def load_compressed(
     is half swapped, and has to be built anew.
     """
     path = Path(path)
-    config, problems = QuantizationConfig.from_checkpoint(path)
+    config, problems = QuantizationConfig.from_checkpoint(path, allow_unknown=allow_unknown)
     for problem in problems:
         warnings.warn(str(problem), CompressedFormatWarning, stacklevel=2)
     if model is None:

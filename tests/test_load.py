@@ -16,6 +16,7 @@ from compressed_format import (
     CheckpointError,
     CompressedFormatWarning,
     CompressedLinear,
+    ConfigError,
     FormatError,
     UnsupportedFormatError,
     compress,
@@ -321,6 +322,18 @@ def test_a_dense_layer_that_is_targeted_belongs_into_ignore(tmp_path: Path) -> N
     assert problems_of(caught.value) == {
         "head.weight": 'is stored dense, but its class is "Linear", a target of group_0; list head in ignore'
     }
+
+
+def test_a_key_from_the_future_is_an_error_unless_it_may_be_unknown(tmp_path: Path) -> None:
+    model = saved_nested(tmp_path / "x")
+    groups = read_config(tmp_path / "x")["quantization_config"]["config_groups"]
+    groups["group_0"]["weights"]["rotation"] = "hadamard"
+    edit_config(tmp_path / "x", quantization_config={"config_groups": groups})
+    with pytest.raises(ConfigError, match="rotation: unknown key.*allow_unknown=True"):
+        load_compressed(tmp_path / "x", model=seeded(Nested))
+    with pytest.warns(CompressedFormatWarning, match="rotation: unknown key"):
+        loaded = load_compressed(tmp_path / "x", model=seeded(Nested), allow_unknown=True)
+    assert torch.equal(loaded(INPUT), model(INPUT))
 
 
 def test_a_packed_layer_that_is_ignored(tmp_path: Path) -> None:

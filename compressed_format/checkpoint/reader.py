@@ -72,7 +72,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         spec = self._tensors[name]
         dtype = torch_dtype(spec.dtype)
         if spec.nbytes == 0:
-            return torch.empty(spec.shape, dtype=dtype)
+            return torch.empty(spec.shape, dtype=dtype, device="cpu")
         # A storage of its own for each tensor, though the map is shared: whoever looks for tied tensors compares
         # storages, and whoever pickles one writes all of it.
         data = torch.frombuffer(self._map(spec.file), dtype=torch.uint8, count=spec.nbytes, offset=spec.start)
