@@ -54,12 +54,16 @@ def compress(
     sizes that do not divide, number formats that cannot be quantized, modules without data, NaN. One module is
     compressed at a time, so that memory stays within the dense model and a layer. A module that appears in several
     places stays shared; weights tied across modules stay tied where all of them are quantized alike, and a warning
-    says so where they are not.
+    says so where they are not. A config that reaches no module at all is a :class:`TargetError`.
     """
     config = read_config(config)
     if compressed_modules(model):
         raise QuantizationError("the model holds compressed modules already; decompress() it first")
     resolution = resolve_targets(model, config)
+    if not resolution.assignments:
+        raise TargetError(
+            "the config reaches no module of this model, so nothing would be compressed:", resolution.warnings
+        )
     for problem in resolution.warnings:
         warnings.warn(str(problem), CompressedFormatWarning, stacklevel=2)
     modules = {name: module for name, module in model.named_modules() if name in resolution.assignments}

@@ -462,12 +462,20 @@ def test_random_numbers_of_the_caller_are_left_alone() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_nothing_targeted_is_said() -> None:
+def test_a_config_that_reaches_nothing_is_an_error() -> None:
     model = mlp()
-    with recorded_warnings() as texts:
+    with pytest.raises(TargetError) as caught:
         compress(model, config("Lineal"))
-    assert texts == ['config_groups.group_0.targets: "Lineal" matches no module; did you mean "Linear"?']
+    assert str(caught.value.problems[0]) == (
+        'config_groups.group_0.targets: "Lineal" matches no module; did you mean "Linear"?'
+    )
     assert type(model[0]) is nn.Linear
+
+
+def test_a_target_that_reaches_nothing_is_said() -> None:
+    with recorded_warnings() as texts:
+        compress(mlp(), config("Linear", "Lineal"))
+    assert texts == ['config_groups.group_0.targets: "Lineal" matches no module; did you mean "Linear"?']
 
 
 def test_a_kv_cache_scheme_is_passed_on_and_said() -> None:
@@ -482,7 +490,7 @@ def test_a_kv_cache_scheme_is_passed_on_and_said() -> None:
 
 def test_warnings_point_at_the_caller() -> None:
     with pytest.warns(CompressedFormatWarning) as caught:
-        compress(mlp(), config("Lineal"))
+        compress(mlp(), config("Linear", "Lineal"))
     assert caught[0].filename == __file__
 
 

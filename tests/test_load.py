@@ -329,7 +329,7 @@ def test_a_key_from_the_future_is_an_error_unless_it_may_be_unknown(tmp_path: Pa
     groups = read_config(tmp_path / "x")["quantization_config"]["config_groups"]
     groups["group_0"]["weights"]["rotation"] = "hadamard"
     edit_config(tmp_path / "x", quantization_config={"config_groups": groups})
-    with pytest.raises(ConfigError, match="rotation: unknown key.*allow_unknown=True"):
+    with pytest.raises(ConfigError, match=r"rotation: unknown key.*allow_unknown=True"):
         load_compressed(tmp_path / "x", model=seeded(Nested))
     with pytest.warns(CompressedFormatWarning, match="rotation: unknown key"):
         loaded = load_compressed(tmp_path / "x", model=seeded(Nested), allow_unknown=True)
