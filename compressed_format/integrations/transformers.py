@@ -63,6 +63,7 @@ class CompressedFormatQuantizer(HfQuantizer):
         self.skeleton: Skeleton | None = None
         # The checkpoint's name of each module of the model that holds tensors.
         self.stored_names: dict[str, str] = {}
+        self.shapes: dict[str, torch.Size] = {}
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -85,6 +86,7 @@ class CompressedFormatQuantizer(HfQuantizer):
             )
             if problem is not None and name not in self.skeleton.explained:
                 self.skeleton.problems.append(Problem(name, problem))
+        self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         for module in compressed_modules(model).values():
             module._is_hf_initialized = True
 
@@ -138,7 +140,12 @@ def load_pretrained(
     problems = [*skeleton.problems]
     found = dict.fromkeys(sorted(info["missing_keys"]), "is missing from the checkpoint")
     found |= dict.fromkeys(sorted(info["unexpected_keys"]), "is in the checkpoint, but the model has no such tensor")
-    for key, stored, expected in info["mismatched_keys"]:
+    misshapen = {key: (stored, expected) for key, stored, expected in info["mismatched_keys"]}
+    for key, tensor in model.state_dict().items():
+        # Releases of transformers before 5.23 leave shapes to the quantizer, and load what does not fit.
+        if tensor.shape != quantizer.shapes.get(key, tensor.shape):
+            misshapen.setdefault(key, (tensor.shape, quantizer.shapes[key]))
+    for key, (stored, expected) in misshapen.items():
         found[key] = f"has shape {list(stored)} in the checkpoint, and {list(expected)} in the model"
     problems += [Problem(key, message) for key, message in found.items() if key not in skeleton.explained]
     problems += [Problem("", message) for message in info.get("error_msgs") or ()]
