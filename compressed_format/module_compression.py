@@ -182,9 +182,9 @@ def _misfits(module: nn.Linear | nn.Embedding, assignment: Assignment) -> Iterat
     """What of the scheme does not fit the shape and the kind of ``module``."""
     scheme, columns = assignment.scheme, module.weight.shape[1]
     args = None if scheme is None else scheme.weights
-    if args is not None and args.strategy is QuantizationStrategy.GROUP and args.group_size:  # noqa: SIM102
-        if columns % args.group_size:
-            yield group_size_problem(columns, args.group_size)
+    group_size = args.group_size if args is not None and args.strategy is QuantizationStrategy.GROUP else None
+    if group_size is not None and columns % group_size:
+        yield group_size_problem(columns, group_size)
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         yield "an Embedding with max_norm rewrites its weight in forward; list it in ignore"
     inputs, outputs = (None, None) if scheme is None else (scheme.input_activations, scheme.output_activations)

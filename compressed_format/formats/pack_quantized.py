@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 
 import torch
@@ -221,12 +221,11 @@ def _with_unpacked_zero_points(
     return specs | {"weight_zero_point": TensorSpec((torch.int8,), specs["weight_scale"].shape)}
 
 
-def _along_rows(pack, values: torch.Tensor, *args: int) -> torch.Tensor:  # type: ignore[no-untyped-def]
+def _along_rows(pack: Callable[..., torch.Tensor], values: torch.Tensor, *args: int) -> torch.Tensor:
     """Pack or unpack along dim -2 instead of the last one."""
     # Copies, because `contiguous` leaves a dimension of size one the stride it has, and bytes can then not be viewed.
     rows = values.transpose(-1, -2).clone(memory_format=torch.contiguous_format)
-    packed: torch.Tensor = pack(rows, *args)
-    return packed.transpose(-1, -2).clone(memory_format=torch.contiguous_format)
+    return pack(rows, *args).transpose(-1, -2).clone(memory_format=torch.contiguous_format)
 
 
 def _release(version: str | None) -> tuple[int, int] | None:
