@@ -37,6 +37,9 @@ def torch():
 def pydantic():
     import pydantic.main, pydantic.types
 
+def statement():
+    import compressed_format
+
 def config():
     import compressed_format.config
 
@@ -50,6 +53,7 @@ print(json.dumps([timed(globals()[step]) for step in steps]))
 """
 
 SEQUENCES = {
+    "import compressed_format": "torch,statement",
     "compressed_format, all names": "torch,everything",
     "of which its config alone": "torch,config",
     "of which pydantic alone": "torch,pydantic",
