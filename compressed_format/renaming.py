@@ -11,7 +11,17 @@ from collections.abc import Iterable, Mapping
 from compressed_format.config import QuantizationConfig
 from compressed_format.config.patterns import PatternTable, is_pattern
 
-__all__ = ["rename_modules"]
+__all__ = ["module_names", "rename_modules"]
+
+
+def module_names(tensor_names: Mapping[str, str]) -> dict[str, str]:
+    """The new name of each module, out of the old and the new names of its tensors."""
+    modules: dict[str, str] = {}
+    for old, new in tensor_names.items():
+        (module, _, suffix), (renamed, _, same) = old.rpartition("."), new.rpartition(".")
+        if suffix == same:
+            modules[module] = renamed
+    return modules
 
 
 def rename_modules(config: QuantizationConfig, names: Mapping[str, str], *, keep: bool) -> QuantizationConfig:

@@ -21,9 +21,10 @@ from compressed_format.config import (
     expand_ignore,
     resolve_targets,
 )
+from compressed_format.config.json_text import parse_json, read_bytes
 from compressed_format.errors import CheckpointError, CompressedFormatWarning, ConfigError, FormatError, Problem
 from compressed_format.linear import compressed_modules
-from compressed_format.renaming import rename_modules
+from compressed_format.renaming import module_names, rename_modules
 
 __all__ = ["save_compressed"]
 
@@ -56,7 +57,7 @@ def save_compressed(
     names = _checkpoint_names(model)
     # Whoever loads the tensors by the checkpoint's names goes by these in the config too; whoever loads them through
     # transformers, by those of the model.
-    config = rename_modules(config, _module_names(names), keep=True)
+    config = rename_modules(config, module_names(names), keep=True)
     if config.sparsity_config is not None:
         message = (
             "this checkpoint is sparse: it loads here and in compressed-tensors up to 0.14, "
@@ -123,14 +124,6 @@ def _checkpoint_names(model: nn.Module) -> dict[str, str]:
     return checkpoint_names(model, state)
 
 
-def _module_names(names: Mapping[str, str]) -> dict[str, str]:
-    if all(name == stored for name, stored in names.items()):
-        return {}
-    from compressed_format.integrations.transformers import module_names
-
-    return module_names(names)
-
-
 def _source_folder(model: nn.Module, source: str | os.PathLike[str] | None) -> Path | None:
     if source is not None:
         folder = Path(source)
@@ -168,10 +161,7 @@ def _config_json(model: nn.Module, folder: Path | None, config: QuantizationConf
     model_config: Any = getattr(model, "config", None)
     source = None if folder is None else folder / "config.json"
     if source is not None and source.is_file():
-        try:
-            content = json.loads(source.read_bytes())
-        except ValueError as error:
-            raise ConfigError(f"{source}: {error}") from error
+        content = parse_json(read_bytes(source), str(source))
         if not isinstance(content, dict):
             raise ConfigError(f"{source}: must be a JSON object, not {type(content).__name__}")
     elif _is_pretrained(model) and model_config is not None:

@@ -218,7 +218,8 @@ def test_a_destination_inside_the_source(source: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
-        ("{", ConfigError, "config.json: "),
+        ("{", ConfigError, "config.json:1:2: is no valid JSON"),
+        ("[" * 100_000, ConfigError, "config.json: is no valid JSON: it is nested too deeply"),
         ("[]", ConfigError, "must be a JSON object, not list"),
         (None, CheckpointError, "the source is not a folder"),
     ],

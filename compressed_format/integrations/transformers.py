@@ -25,10 +25,10 @@ from compressed_format.config import QuantizationConfig
 from compressed_format.errors import CheckpointError, Problem
 from compressed_format.formats.base import StoredTensor
 from compressed_format.linear import compressed_modules
-from compressed_format.renaming import rename_modules
+from compressed_format.renaming import module_names, rename_modules
 from compressed_format.skeleton import Skeleton, dtype_misfit
 
-__all__ = ["checkpoint_names", "load_pretrained", "module_names"]
+__all__ = ["checkpoint_names", "load_pretrained"]
 
 _METHOD = "compressed_format"
 
@@ -91,9 +91,10 @@ class CompressedFormatQuantizer(HfQuantizer):
             module._is_hf_initialized = True
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        for module in compressed_modules(model).values():
-            for name, parameter in module.named_parameters():
-                parameter.requires_grad_(parameter.requires_grad and name == "bias")
+        # Compressed modules see to their own tensors; KV-cache scales have been set on plain ones, as trainable.
+        for name, parameter in model.named_parameters():
+            if self.skeleton is not None and name in self.skeleton.packed:
+                parameter.requires_grad_(False)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         names = getattr(converter, "target_patterns", None) or []
@@ -194,16 +195,6 @@ def _model_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
             if f"{prefixed}.weight" in state:
                 state.setdefault(f"{prefixed}.{suffix}", state[f"{prefixed}.weight"])
     return {name: rename_source_key(name, renamings, [], prefix, state)[0] for name in stored}
-
-
-def module_names(tensor_names: Mapping[str, str]) -> dict[str, str]:
-    """The new name of each module, out of the old and the new names of its tensors."""
-    modules: dict[str, str] = {}
-    for old, new in tensor_names.items():
-        (module, _, suffix), (renamed, _, same) = old.rpartition("."), new.rpartition(".")
-        if suffix == same:
-            modules[module] = renamed
-    return modules
 
 
 def _retie(model: Any) -> None:

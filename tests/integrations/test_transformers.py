@@ -395,6 +395,7 @@ def test_scales_of_the_cache_are_kept(names: tuple[str, str], folder: Path, tmp_
         model = load_compressed(folder, dtype=torch.bfloat16)
     state = model.state_dict()
     assert_same_tensors({name: state[name] for name in scales}, scales)
+    assert not any(model.get_parameter(name).requires_grad for name in scales)
     with recorded_warnings():
         model = load_compressed(folder)
     assert_same_bits(logits(model), expected)
