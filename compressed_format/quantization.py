@@ -160,7 +160,7 @@ def quantize(
         _check_given_scales(weight, args, scale, zero_point, place)
         if not torch.isfinite(weight).all():
             raise _not_finite(weight, place)
-    rows, columns = _block_shape_of(args, weight.shape, g_idx)
+    rows, columns = (1, 1) if g_idx is not None else block_shape(args, weight.shape)
     ratio = to_blocks(weight, rows, columns) / scales_over_blocks(scale, weight.ndim, g_idx)
     if zero_point is not None:
         ratio = ratio + scales_over_blocks(zero_point, weight.ndim, g_idx).to(weight.dtype)
@@ -252,10 +252,6 @@ def _range(
         return least_error_range(values, dim, args, **args.observer_kwargs)
     except (TypeError, ValueError) as error:
         raise QuantizationError(problems=[Problem(place, f"observer {args.observer}: {error}")]) from error
-
-
-def _block_shape_of(args: QuantizationArgs, shape: torch.Size, g_idx: torch.Tensor | None) -> tuple[int, int]:
-    return (1, 1) if g_idx is not None else block_shape(args, shape)
 
 
 def _check_shape(shape: torch.Size, args: QuantizationArgs, place: str) -> None:

@@ -169,20 +169,16 @@ class Skeleton:
         """As :meth:`_swap`, for a module without a weight of its own: it is tied to another one, or misses it."""
         own = by_module.get(name, {})
         for other in self._twins.get(name, ()):
-            if other not in assignments:
-                if "weight" in by_module.get(other, {}):
-                    message = (
-                        f"is that of {other}, which is stored dense, but {assignment.reason}; list {name} in ignore"
-                    )
-                    self.problems.append(Problem(f"{name}.weight", message))
-                    self.explained.add(f"{name}.weight")
-                    return
-            elif other in self._modules:
-                if treatment(assignments[other]) != treatment(assignment):
-                    message = f"is that of {other}, where {assignments[other].reason}, but {assignment.reason}"
-                    self.problems.append(Problem(f"{name}.weight", message))
-                    self.explained.add(f"{name}.weight")
-                    return
+            conflict = None
+            if other not in assignments and "weight" in by_module.get(other, {}):
+                conflict = f"which is stored dense, but {assignment.reason}; list {name} in ignore"
+            elif other in self._modules and treatment(assignments[other]) != treatment(assignment):
+                conflict = f"where {assignments[other].reason}, but {assignment.reason}"
+            if conflict is not None:
+                self.problems.append(Problem(f"{name}.weight", f"is that of {other}, {conflict}"))
+                self.explained.add(f"{name}.weight")
+                return
+            if other in self._modules:
                 stored = next(
                     by_module[place] for place in self._names[other] if _holds_weight(by_module.get(place, {}))
                 )
@@ -249,7 +245,7 @@ def _check_values(name: str, module: CompressedModule) -> None:
         if found != expected:
             message = f"says {found}, but the module's weight is {expected}"
             raise FormatError(problems=[Problem(f"{name}.shape", message)])
-        SPARSITY_FORMATS[module.sparsity].decode(tensors, place=name)
+        SPARSITY_FORMATS[module.sparsity].checked_mask(tensors, place=name)
 
 
 def _names_of_modules(model: nn.Module) -> dict[str, list[str]]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
-from compressed_format.bitmask import bytes_of, expand_bitmask, pack_bitmask, unpack_bitmask
+from compressed_format.bitmask import bytes_of, expand_mask, pack_bitmask, unpack_bitmask
 from compressed_format.config import CompressionFormat
 from compressed_format.errors import FormatError, Problem
 from compressed_format.formats.base import FLOAT_DTYPES, TensorSpec, check_tensors
@@ -50,13 +50,18 @@ class SparseBitmask:
 
     def decode(self, tensors: Mapping[str, torch.Tensor], *, place: str = "") -> torch.Tensor:
         """The values or codes ``[O, I]``. Raises :class:`FormatError` if the tensors contradict each other."""
+        mask = self.checked_mask(tensors, place=place)
+        return expand_mask(tensors["compressed"], mask)
+
+    def checked_mask(self, tensors: Mapping[str, torch.Tensor], *, place: str = "") -> torch.Tensor:
+        """The places of values ``[O, I]``, after all checks of :meth:`decode`; the values are not read."""
         shape = _stored_shape(tensors, place, (2,))
         check_tensors(tensors, self.tensor_specs(shape), place)
         mask = _checked_mask(tensors, shape, place)
         counts = mask.sum(dim=-1)
         if not torch.equal(tensors["row_offsets"], counts.cumsum(0) - counts):
             raise FormatError(problems=[Problem(f"{place}.row_offsets", "contradicts the bitmask")])
-        return expand_bitmask(tensors["compressed"], tensors["bitmask"], shape[1])
+        return mask
 
 
 class Sparse24Bitmask:
@@ -102,6 +107,11 @@ class Sparse24Bitmask:
 
     def decode(self, tensors: Mapping[str, torch.Tensor], *, place: str = "") -> torch.Tensor:
         """The values or codes ``[O, I]``. Raises :class:`FormatError` if the bitmask is not 2:4."""
+        mask = self.checked_mask(tensors, place=place)
+        return expand_mask(tensors["compressed"], mask)
+
+    def checked_mask(self, tensors: Mapping[str, torch.Tensor], *, place: str = "") -> torch.Tensor:
+        """The places of values ``[O, I]``, after all checks of :meth:`decode`; the values are not read."""
         shape = _stored_shape(tensors, place, (2, 1))
         check_tensors(tensors, self.tensor_specs(shape), place)
         mask = _checked_mask(tensors, shape, place)
@@ -111,7 +121,7 @@ class Sparse24Bitmask:
                 row, quad = wrong.nonzero()[0].tolist()
                 message = f"does not have two bits for row {row}, columns {quad * 4} to {quad * 4 + 3}"
                 raise FormatError(problems=[Problem(f"{place}.bitmask", message)])
-        return expand_bitmask(tensors["compressed"], tensors["bitmask"], shape[1])
+        return mask
 
 
 def prune_2_of_4(weight: torch.Tensor, *, place: str = "weight") -> torch.Tensor:
