@@ -13,7 +13,13 @@ from compressed_format.dtypes import DTYPES
 from compressed_format.errors import Problem, UnsupportedFormatError
 from compressed_format.scales import round_to_codes, scale_of_range
 
-__all__ = ["WHOLE_TENSOR", "WHOLE_TOKEN", "activation_group_size", "fake_quantize_activations"]
+__all__ = [
+    "WHOLE_TENSOR",
+    "WHOLE_TOKEN",
+    "activation_group_size",
+    "activation_scale",
+    "fake_quantize_activations",
+]
 
 WHOLE_TENSOR = 0
 WHOLE_TOKEN = -1
@@ -53,14 +59,14 @@ def fake_quantize_activations(
 ) -> torch.Tensor:
     """Round activations ``[..., n]`` to codes and back; ``round(clamp(x / scale + zero_point))``, ties to even.
 
-    ``scale`` and ``zero_point`` are the static ones: ``[1]``, or ``[n / group_size]``. Without ``scale``, both are
-    found from the values by the formulas of weights, in the dtype of ``input``. ``group_size`` is the number of values
+    ``scale`` and ``zero_point`` are the static ones: ``[1]``, or ``[n / group_size]``; with ``input``'s leading
+    dimensions in front where tokens differ, as those of different experts do. Without ``scale``, both are found from the values by the formulas of weights, in the dtype of ``input``. ``group_size`` is the number of values
     that share one: :data:`WHOLE_TENSOR`, :data:`WHOLE_TOKEN`, or so many along the last dimension. The result has the
     dtype and shape of ``input``.
     """
     if input.numel() == 0:
         return input.clone(memory_format=torch.contiguous_format)
-    lowest, highest = (-_FLOAT8_LARGEST, _FLOAT8_LARGEST) if is_float else (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
+    lowest, highest = _code_range(bits, is_float)
     values = input.unflatten(-1, (-1, group_size)) if group_size > 0 else input
     if scale is None:
         minimum, maximum = (
@@ -68,8 +74,7 @@ def fake_quantize_activations(
             if group_size == WHOLE_TENSOR
             else (values.amin(dim=-1, keepdim=True), values.amax(dim=-1, keepdim=True))
         )
-        stored = torch.float8_e4m3fn if is_float else torch.int8
-        scale, zero_point = scale_of_range(minimum, maximum, lowest, highest, None if symmetric else stored)
+        scale, zero_point = activation_scale(minimum, maximum, bits, is_float, symmetric)
     elif group_size > 0:
         scale = scale.unsqueeze(-1)
         zero_point = None if zero_point is None else zero_point.unsqueeze(-1)
@@ -80,3 +85,17 @@ def fake_quantize_activations(
     if zero_point is not None:
         codes = codes - zero_point.to(scale.dtype)
     return (codes * scale).reshape(input.shape).to(input.dtype).contiguous()
+
+
+def activation_scale(
+    minimum: torch.Tensor, maximum: torch.Tensor, bits: int, is_float: bool, symmetric: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The dynamic scale and zero point of activations that reach from ``minimum`` to ``maximum``."""
+    stored = torch.float8_e4m3fn if is_float else torch.int8
+    return scale_of_range(minimum, maximum, *_code_range(bits, is_float), None if symmetric else stored)
+
+
+def _code_range(bits: int, is_float: bool) -> tuple[float, float]:
+    if is_float:
+        return -_FLOAT8_LARGEST, _FLOAT8_LARGEST
+    return -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1

@@ -68,13 +68,19 @@ class CompressedModule(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The dequantized weight ``[O, I]`` in :attr:`dtype`, made anew on every access."""
-        dense = ops.dequantize(*self._weight_tensors(), *self._layout)
-        return dense.to(self.dtype)
+        return self._dense_weight().to(self.dtype)
+
+    def _dense_weight(self) -> torch.Tensor:
+        """The weight in the dtype of its scales, dequantized."""
+        return ops.dequantize(*self._weight_tensors(), *self._layout)
 
     def quantized_weight(self) -> QuantizedWeight:
         """The weight as codes, scales and zero points, checked as strictly as when a file is decoded."""
+        return self._decoded({name: value.data for name, value in self._parameters.items() if value is not None})
+
+    def _decoded(self, stored: Mapping[str, torch.Tensor]) -> QuantizedWeight:
         place = type(self).__name__
-        tensors = {name: value.data for name, value in self._parameters.items() if value is not None and name != "bias"}
+        tensors = {name: tensor for name, tensor in stored.items() if name != "bias"}
         if self.sparsity is not None:
             tensors["weight"] = SPARSITY_FORMATS[self.sparsity].decode(tensors, place=place)
         args = None if self.scheme is None else self.scheme.weights

@@ -7,7 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["NamedModule", "counts_as_linear", "list_modules"]
+from compressed_format.config.experts import expert_stack
+
+__all__ = ["ROUTERS", "NamedModule", "counts_as_linear", "list_modules"]
+
+ROUTERS = frozenset({"gate", "gating", "router", "shared_expert_gate", "wg"})
+"""What the modules are called that choose among experts: the last part of their name, or the one before it."""
 
 _COMPRESSIBLE = frozenset({"Linear", "Embedding"})
 _ROUTER = re.compile(r"Router|Gating|Gate(?![a-z])")
@@ -15,11 +20,15 @@ _ROUTER = re.compile(r"Router|Gating|Gate(?![a-z])")
 
 @dataclass(frozen=True)
 class NamedModule:
-    """One module: its full name, its class and base classes (most derived first), and itself where there is one."""
+    """One module: its full name, its class and base classes (most derived first), and itself where there is one.
+
+    ``stack`` is the name of the module that holds the weights of all experts, for a projection of one of them.
+    """
 
     name: str
     classes: tuple[str, ...]
     module: Any = None
+    stack: str | None = None
 
     @property
     def is_compressible(self) -> bool:
@@ -34,6 +43,13 @@ class NamedModule:
             return ()
         return tuple(name for name, parameter in parameters.items() if _dimensions(parameter) >= 2)
 
+    @property
+    def is_router(self) -> bool:
+        """Whether it chooses among experts, as far as its name and class tell."""
+        own = self.classes[0] if self.classes else ""
+        parts = self.name.split(".")[-2:]
+        return _is_router_class(own) or not ROUTERS.isdisjoint(parts[-1:]) or parts[0] == "router"
+
 
 def list_modules(model_or_names: Any) -> list[NamedModule]:
     """The modules of a model, or those that names describe, in their order.
@@ -43,14 +59,22 @@ def list_modules(model_or_names: Any) -> list[NamedModule]:
     """
     if hasattr(model_or_names, "named_modules"):
         known: dict[type, tuple[str, ...]] = {}
-        modules = []
+        modules: list[NamedModule] = []
+        stacks: list[str] = []
         for name, module in model_or_names.named_modules():
             kind = type(module)
             if kind not in known:
                 known[kind] = _class_names(kind)
             # Modules that compressed-tensors itself put into a model are no targets.
-            if "InternalModule" not in known[kind]:
-                modules.append(NamedModule(name, known[kind], module))
+            if "InternalModule" in known[kind]:
+                continue
+            if stacks and name.startswith(stacks[-1]):
+                continue  # the parts of a compressed stack
+            modules.append(NamedModule(name, known[kind], module))
+            stack = expert_stack(module)
+            if stack is not None:
+                stacks.append(f"{name}.")
+                modules += [NamedModule(found, ("Linear",), stack=name) for *_, found in stack.names(name)]
         return modules
     if isinstance(model_or_names, Mapping):
         return [NamedModule(name, _given_classes(classes)) for name, classes in model_or_names.items()]
@@ -62,7 +86,11 @@ def list_modules(model_or_names: Any) -> list[NamedModule]:
 def counts_as_linear(module: NamedModule) -> bool:
     """Whether readers of a checkpoint look for a scheme of this module as for a Linear; routers are such."""
     own = module.classes[0] if module.classes else ""
-    return "Linear" in module.classes or ("ExpertMLP" not in own and _ROUTER.search(own) is not None)
+    return "Linear" in module.classes or _is_router_class(own)
+
+
+def _is_router_class(name: str) -> bool:
+    return "ExpertMLP" not in name and _ROUTER.search(name) is not None
 
 
 def _given_classes(classes: str | Sequence[str]) -> tuple[str, ...]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from frozendict import frozendict
 
 from compressed_format.config.config import QuantizationConfig
+from compressed_format.config.experts import expert_stack
 from compressed_format.config.matching import TargetTable
 from compressed_format.config.modules import NamedModule, counts_as_linear, list_modules
 from compressed_format.config.patterns import is_pattern
@@ -53,7 +55,10 @@ class TargetResolution:
 
 
 def resolve_targets(
-    model_or_names: Any | Mapping[str, str | Sequence[str]] | Iterable[str], config: QuantizationConfig
+    model_or_names: Any | Mapping[str, str | Sequence[str]] | Iterable[str],
+    config: QuantizationConfig,
+    *,
+    quantized: Container[str] = (),
 ) -> TargetResolution:
     """Find the scheme of every module, as compressed-tensors does.
 
@@ -62,13 +67,17 @@ def resolve_targets(
 
     ``model_or_names`` is a model (anything with ``named_modules()``), a mapping from the names of modules to the
     names of their classes (one, or several with the most derived first), or an iterable of names, which all count as
-    Linear.
+    Linear. Where one module holds the weights of all experts, each projection of each expert counts as a Linear of its
+    own, named as in a checkpoint: ``mlp.experts.3.up_proj``.
+
+    A router (see :data:`~compressed_format.config.modules.ROUTERS`) is reached by its full name only, unless it is
+    among those known to be ``quantized``, as those of a checkpoint are.
 
     The result's ``warnings`` name what other readers do otherwise, what matches nothing, and modules that servers
     fuse and the config tells apart. Raises :class:`~compressed_format.errors.TargetError` for targets that name
     modules whose weights cannot be compressed, and for patterns that take too long.
     """
-    return _Resolver(list_modules(model_or_names), config).run()
+    return _Resolver(list_modules(model_or_names), config, quantized).run()
 
 
 def expand_ignore(
@@ -77,25 +86,31 @@ def expand_ignore(
     """The names that a saved file's ``ignore`` must list, in the model's order.
 
     These are the modules without a scheme that readers would look for one: every Linear, every router (whose class
-    counts as Linear), and those of a class of which some module has a scheme.
+    counts as Linear), and those of a class of which some module has a scheme. One pattern stands for all experts of a
+    stack.
     """
     modules = list_modules(model_or_names)
     with_scheme = {name for name, assignment in resolution.assignments.items() if assignment.scheme is not None}
     classes = {module.classes[0] for module in modules if module.name in with_scheme and module.classes}
-    return tuple(
-        module.name
-        for module in modules
-        if module.name not in with_scheme
-        and (counts_as_linear(module) or (module.classes and module.classes[0] in classes))
-    )
+    stacks_with_scheme = {module.stack for module in modules if module.name in with_scheme}
+    entries: dict[str, None] = {}
+    for module in modules:
+        if module.name in with_scheme:
+            continue
+        if module.stack is not None and module.stack not in stacks_with_scheme:
+            entries[rf"re:{re.escape(module.stack)}\.\d+\..*"] = None
+        elif counts_as_linear(module) or (module.classes and module.classes[0] in classes):
+            entries[module.name] = None
+    return tuple(entries)
 
 
 class _Resolver:
     """One resolution while it is under way."""
 
-    def __init__(self, modules: list[NamedModule], config: QuantizationConfig) -> None:
+    def __init__(self, modules: list[NamedModule], config: QuantizationConfig, quantized: Container[str]) -> None:
         self.modules = modules
         self.config = config
+        self.quantized = quantized
         self.groups: dict[str, str] = {}
         for group, scheme in config.config_groups.items():
             self.groups.update(dict.fromkeys(scheme.targets, group))
@@ -115,9 +130,13 @@ class _Resolver:
     def run(self) -> TargetResolution:
         for module in self.modules:
             entry = self.ignore.winner(module)
+            if entry is None and module.stack is not None:
+                entry = self.ignored.get(module.stack)  # whoever ignores the whole stack means all that is in it
             if entry is not None:
                 self.ignored[module.name] = entry
             target = self.targets.winner(module)
+            if target is not None and self._is_spared(module, target):
+                target = None
             if target is not None and entry is None:
                 self._assign(module, target)
             elif target is not None and entry is not None:
@@ -134,6 +153,10 @@ class _Resolver:
         self._find_unmatched()
         self.warnings += check_siblings(self.modules, self._outcomes())
         return TargetResolution(frozendict(self.assignments), frozendict(self.ignored), tuple(self.warnings))
+
+    def _is_spared(self, module: NamedModule, target: str) -> bool:
+        """Whether ``target`` does not reach ``module`` because it is a router and called something else."""
+        return module.is_router and target != module.name and module.name not in self.quantized
 
     def _assign(self, module: NamedModule, target: str) -> None:
         group = self.groups[target]
@@ -162,6 +185,15 @@ class _Resolver:
     def _refuse(self, module: NamedModule, target: str, group: str, scheme: QuantizationScheme) -> None:
         """What to make of a target that reaches something else than a Linear or an Embedding."""
         kind = module.classes[0] if module.classes else "module"
+        if expert_stack(module.module) is not None:
+            if not is_pattern(target):
+                message = (
+                    f"{show(target)} of {group} names this {kind}, which holds the weights of all experts; they are "
+                    f"targets of their own: {show('Linear')} reaches them, or a pattern such as "
+                    + show(r"re:.*\.experts\.\d+\.(gate|up|down)_proj$")
+                )
+                self.errors.append(Problem(module.name, message))
+            return
         if scheme.weights is None:
             if scheme.input_activations is not None or scheme.output_activations is not None:
                 self._say(
@@ -191,7 +223,7 @@ class _Resolver:
 
     def _assign_sparsity(self, module: NamedModule) -> None:
         target = self.sparse.winner(module)
-        if target is None or self.dense.winner(module) is not None:
+        if target is None or self.dense.winner(module) is not None or self._is_spared(module, target):
             return
         assigned = self.assignments.get(module.name)
         why = f"{self._why(module, target)} a target of sparsity_config"

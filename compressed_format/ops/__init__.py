@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compressed_format.ops.experts import expert_linear
 from compressed_format.ops.extension import backend_info, load_libraries, native_library
 from compressed_format.ops.pack import pack_codes
 from compressed_format.ops.schemas import dequantize, embedding, fake_quantize, linear
@@ -10,6 +11,7 @@ __all__ = [
     "backend_info",
     "dequantize",
     "embedding",
+    "expert_linear",
     "fake_quantize",
     "linear",
     "native_library",

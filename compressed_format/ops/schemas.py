@@ -16,16 +16,28 @@ from compressed_format import bitpack
 from compressed_format.errors import OpArgumentError
 from compressed_format.ops import reference
 
-__all__ = ["dequantize", "embedding", "fake_quantize", "linear"]
+__all__ = [
+    "FLOATS",
+    "LAYOUT",
+    "WEIGHT",
+    "check_weight",
+    "define_op",
+    "dequantize",
+    "embedding",
+    "fake_quantize",
+    "library",
+    "linear",
+    "register_autocast",
+]
 
-_WEIGHT = "Tensor weight, Tensor? scale, Tensor? zero_point, Tensor? g_idx, Tensor? bitmask"
-_LAYOUT = "int bits, int columns, int block_rows, int block_columns"
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WEIGHT = "Tensor weight, Tensor? scale, Tensor? zero_point, Tensor? g_idx, Tensor? bitmask"
+LAYOUT = "int bits, int columns, int block_rows, int block_columns"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-_library = torch.library.Library("compressed_format", "FRAGMENT")
+library = torch.library.Library("compressed_format", "FRAGMENT")
 
 
-def _define(
+def define_op(
     name: str,
     arguments: str,
     definition: Callable[..., torch.Tensor],
@@ -41,13 +53,13 @@ def _define(
         return fake(*args)
 
     for op in (name, f"{name}_reference"):
-        _library.define(f"{op}({arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(op, checked, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"compressed_format::{op}", checked_fake, lib=_library)
+        library.define(f"{op}({arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(op, checked, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"compressed_format::{op}", checked_fake, lib=library)
     return cast(Callable[..., torch.Tensor], getattr(torch.ops.compressed_format, name).default)
 
 
-def _check_weight(
+def check_weight(
     op: str,
     weight: torch.Tensor,
     scale: torch.Tensor | None,
@@ -63,7 +75,7 @@ def _check_weight(
         raise OpArgumentError(f"{op}: {argument} {message}")
 
     packed = weight.dtype == torch.int32
-    if not packed and weight.dtype not in (*_FLOATS, torch.int8, torch.float8_e4m3fn):
+    if not packed and weight.dtype not in (*FLOATS, torch.int8, torch.float8_e4m3fn):
         fail("weight", f"must be int32 words, int8 or float8_e4m3fn codes, or a float dtype, not {weight.dtype}")
     if not 1 <= bits <= 8:
         fail("bits", f"must lie in 1 to 8, not {bits}")
@@ -86,7 +98,7 @@ def _check_weight(
         rows = weight.shape[:-1]
     if scale is None:
         return
-    if scale.dtype not in _FLOATS:
+    if scale.dtype not in FLOATS:
         fail("scale", f"must have a float dtype, not {scale.dtype}")
     expected = (*rows[:-1], -(-rows[-1] // block_rows), -(-columns // block_columns))
     if tuple(scale.shape) not in (expected, (1,)):
@@ -112,7 +124,7 @@ def _rows(weight: torch.Tensor, bitmask: torch.Tensor | None) -> torch.Size:
 
 
 def _check_dequantize(*weight: Any) -> None:
-    _check_weight("dequantize", *weight)
+    check_weight("dequantize", *weight)
 
 
 def _fake_dequantize(weight: torch.Tensor, scale: Any, zero_point: Any, g_idx: Any, bitmask: Any, *layout: int) -> Any:
@@ -120,7 +132,7 @@ def _fake_dequantize(weight: torch.Tensor, scale: Any, zero_point: Any, g_idx: A
     return weight.new_empty((*_rows(weight, bitmask), layout[1]), dtype=dtype)
 
 
-dequantize = _define("dequantize", f"{_WEIGHT}, {_LAYOUT}", reference.dequantize, _check_dequantize, _fake_dequantize)
+dequantize = define_op("dequantize", f"{WEIGHT}, {LAYOUT}", reference.dequantize, _check_dequantize, _fake_dequantize)
 
 
 # linear --------------------------------------------------------------------------------------------------------------
@@ -136,15 +148,15 @@ def _check_linear(
     bias: torch.Tensor | None,
     *layout: int,
 ) -> None:
-    _check_weight("linear", weight, scale, zero_point, g_idx, bitmask, *layout)
+    check_weight("linear", weight, scale, zero_point, g_idx, bitmask, *layout)
     rows = _rows(weight, bitmask)
     if len(rows) != 1:
         raise OpArgumentError(f"linear: weight must be a matrix, not {len(rows) + 1}-dimensional")
-    if input.dtype not in _FLOATS:
+    if input.dtype not in FLOATS:
         raise OpArgumentError(f"linear: input must have a float dtype, not {input.dtype}")
     if input.ndim < 1 or input.shape[-1] != layout[1]:
         raise OpArgumentError(f"linear: input must have {layout[1]} columns, not shape {list(input.shape)}")
-    if bias is not None and (tuple(bias.shape) != tuple(rows) or bias.dtype not in _FLOATS):
+    if bias is not None and (tuple(bias.shape) != tuple(rows) or bias.dtype not in FLOATS):
         raise OpArgumentError(f"linear: bias must be [{rows[0]}] floats, not {bias.dtype} {list(bias.shape)}")
 
 
@@ -161,9 +173,9 @@ def _fake_linear(
     return input.new_empty((*input.shape[:-1], _rows(weight, bitmask)[0]))
 
 
-linear = _define(
+linear = define_op(
     "linear",
-    f"Tensor input, {_WEIGHT}, Tensor? bias, {_LAYOUT}",
+    f"Tensor input, {WEIGHT}, Tensor? bias, {LAYOUT}",
     reference.linear,
     _check_linear,
     _fake_linear,
@@ -189,11 +201,11 @@ def _backward_of_linear(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor 
 
 for _name in ("linear", "linear_reference"):
     torch.library.register_autograd(
-        f"compressed_format::{_name}", _backward_of_linear, setup_context=_save_for_linear, lib=_library
+        f"compressed_format::{_name}", _backward_of_linear, setup_context=_save_for_linear, lib=library
     )
 
 
-def _register_autocast(name: str, device: str, key: torch._C.DispatchKey) -> None:
+def register_autocast(name: str, device: str, key: torch._C.DispatchKey) -> None:
     """Under ``torch.autocast``, multiply in its dtype, as torch's own linear does; float64 stays what it is."""
     op = getattr(torch.ops.compressed_format, name).default
 
@@ -203,19 +215,19 @@ def _register_autocast(name: str, device: str, key: torch._C.DispatchKey) -> Non
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
             return op(input, *rest)
 
-    _library.impl(name, with_cast, key.name)
+    library.impl(name, with_cast, key.name)
 
 
 for _name in ("linear", "linear_reference"):
-    _register_autocast(_name, "cpu", torch._C.DispatchKey.AutocastCPU)
-    _register_autocast(_name, "cuda", torch._C.DispatchKey.AutocastCUDA)
+    register_autocast(_name, "cpu", torch._C.DispatchKey.AutocastCPU)
+    register_autocast(_name, "cuda", torch._C.DispatchKey.AutocastCUDA)
 
 
 # embedding -----------------------------------------------------------------------------------------------------------
 
 
 def _check_embedding(indices: torch.Tensor, weight: torch.Tensor, *rest: Any) -> None:
-    _check_weight("embedding", weight, *rest)
+    check_weight("embedding", weight, *rest)
     if indices.dtype not in (torch.int64, torch.int32):
         raise OpArgumentError(f"embedding: indices must be int64 or int32, not {indices.dtype}")
     if len(_rows(weight, rest[3])) != 1:
@@ -229,8 +241,8 @@ def _fake_embedding(
     return weight.new_empty((*indices.shape, layout[1]), dtype=dtype)
 
 
-embedding = _define(
-    "embedding", f"Tensor indices, {_WEIGHT}, {_LAYOUT}", reference.embedding, _check_embedding, _fake_embedding
+embedding = define_op(
+    "embedding", f"Tensor indices, {WEIGHT}, {LAYOUT}", reference.embedding, _check_embedding, _fake_embedding
 )
 
 
@@ -249,7 +261,7 @@ def _check_fake_quantize(
     def fail(argument: str, message: str) -> None:
         raise OpArgumentError(f"fake_quantize: {argument} {message}")
 
-    if input.dtype not in _FLOATS:
+    if input.dtype not in FLOATS:
         fail("input", f"must have a float dtype, not {input.dtype}")
     if input.ndim < 1:
         fail("input", "must have at least one dimension")
@@ -258,20 +270,19 @@ def _check_fake_quantize(
     if group_size < -1 or (group_size > 0 and input.shape[-1] % group_size):
         fail("group_size", f"must be 0, -1 or divide the {input.shape[-1]} columns of input, not {group_size}")
     if scale is not None:
-        expected = (input.shape[-1] // group_size,) if group_size > 0 else (1,)
-        if group_size == -1:
-            fail("scale", "must be found from the values where each token has its own")
-        if tuple(scale.shape) != expected:
-            fail("scale", f"must have shape {list(expected)}, not {list(scale.shape)}")
+        groups = input.shape[-1] // group_size if group_size > 0 else 1
+        expected = [[*input.shape[:-1], groups]] if group_size == -1 else [[groups], [*input.shape[:-1], groups]]
+        if list(scale.shape) not in expected:
+            fail("scale", f"must have shape {' or '.join(dict.fromkeys(map(str, expected)))}, not {list(scale.shape)}")
         if not symmetric and (zero_point is None or zero_point.shape != scale.shape):
-            fail("zero_point", f"must have shape {list(expected)} where codes are asymmetric")
+            fail("zero_point", f"must have shape {list(scale.shape)} where codes are asymmetric")
 
 
 def _fake_fake_quantize(input: torch.Tensor, *rest: Any) -> torch.Tensor:
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
-fake_quantize = _define(
+fake_quantize = define_op(
     "fake_quantize",
     "Tensor input, Tensor? scale, Tensor? zero_point, int bits, bool is_float, bool symmetric, int group_size",
     reference.fake_quantize,
@@ -286,4 +297,4 @@ def _straight_through(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | 
 
 
 for _name in ("fake_quantize", "fake_quantize_reference"):
-    torch.library.register_autograd(f"compressed_format::{_name}", _straight_through, lib=_library)
+    torch.library.register_autograd(f"compressed_format::{_name}", _straight_through, lib=library)

@@ -514,7 +514,7 @@ def test_indices_that_embedding_does_not_take(twin: str) -> None:
         ((torch.zeros(8), None, None, 4, True, True, 0), r"bits must lie in 1 to 8 \(8 for floats\), not 4"),
         ((torch.zeros(8), None, None, 8, False, True, 3), "group_size must be 0, -1 or divide the 8 columns"),
         ((torch.zeros(8), None, None, 8, False, True, -2), "group_size must be 0, -1 or divide the 8 columns"),
-        ((torch.zeros(8), torch.ones(1), None, 8, False, True, -1), "scale must be found from the values"),
+        ((torch.zeros(2, 8), torch.ones(1), None, 8, False, True, -1), r"scale must have shape \[2, 1\], not \[1\]"),
         ((torch.zeros(8), torch.ones(2), None, 8, False, True, 0), r"scale must have shape \[1\], not \[2\]"),
         ((torch.zeros(8), torch.ones(1), None, 8, False, True, 4), r"scale must have shape \[2\], not \[1\]"),
         ((torch.zeros(8), torch.ones(1), None, 8, False, False, 0), r"zero_point must have shape \[1\] where codes"),

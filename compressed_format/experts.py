@@ -1,0 +1,200 @@
+"""Mixtures of experts that run from packed tensors: :class:`CompressedExperts`.
+
+transformers keeps the weights of all experts of a layer in a few parameters ``[E, O, I]``; a file has them one by one,
+in two dimensions. Here they are stacked, each projection for itself: slice ``e`` of a tensor is the one of the file.
+"""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressed_format import ops
+from compressed_format.activations import WHOLE_TENSOR, activation_scale
+from compressed_format.bitmask import bytes_of
+from compressed_format.config import CompressionFormat, QuantizationScheme
+from compressed_format.config.experts import ExpertStack
+from compressed_format.linear import CompressedModule
+from compressed_format.quantization import QuantizedWeight
+
+__all__ = ["CompressedExpertLinear", "CompressedExperts", "compressed_experts_class", "expert_tensors", "stack_tensors"]
+
+
+class CompressedExpertLinear(CompressedModule):
+    """One projection of all experts: the tensors of ``E`` weights ``[O, I]``, stacked.
+
+    ``tensors`` maps the checkpoint's suffixes to tensors with a first dimension of ``E``.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        shape: tuple[int, int, int],
+        scheme: QuantizationScheme | None,
+        format: CompressionFormat,
+        *,
+        sparsity: CompressionFormat | None = None,
+        dtype: torch.dtype,
+    ) -> None:
+        self._set_up(tensors, shape[1:], scheme, format, sparsity, dtype)
+        self.num_experts, self.out_features, self.in_features = shape
+
+    def forward(self, input: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """``input`` ``[T, I]`` and ``experts`` int64 ``[T, k]`` to ``[T, k, O]``, in the dtype of ``input``.
+
+        Expert ``E`` stands for none: its outputs are zero.
+        """
+        if self._input is not None and not self._input_of_tokens:
+            # The scales differ from expert to expert, so each token is rounded for each of its own.
+            input = input.unsqueeze(1).expand(-1, experts.shape[1], -1)
+            input = self._quantize_for_experts(input, experts, "input").flatten(0, 1)
+            output = ops.expert_linear(input, experts.reshape(-1, 1), *self._weight_tensors(), *self._layout)
+            output = output.reshape(*experts.shape, -1)
+        else:
+            output = ops.expert_linear(self._quantize_input(input), experts, *self._weight_tensors(), *self._layout)
+        return self._quantize_for_experts(output, experts, "output")
+
+    @property
+    def _input_of_tokens(self) -> bool:
+        """Whether inputs are rounded by their own values, token by token, whoever the expert is."""
+        return "input_scale" not in self._parameters and self._input is not None and self._input[3] != WHOLE_TENSOR
+
+    def _quantize_for_experts(self, values: torch.Tensor, experts: torch.Tensor, end: str) -> torch.Tensor:
+        """Round ``values`` ``[T, k, n]`` with the scales of each token's expert: the static ones, or those of the
+        values of all tokens that go to it."""
+        arguments = self._input if end == "input" else self._output
+        if arguments is None:
+            return values
+        scale, zero_point = (self._parameters.get(f"{end}_{what}") for what in ("scale", "zero_point"))
+        if scale is None and arguments.group_size != WHOLE_TENSOR:
+            return ops.fake_quantize(values, None, None, *arguments)
+        if scale is None:
+            bits, is_float, symmetric, _ = arguments
+            ends = _range_of_experts(values, experts, self.num_experts)
+            scale, zero_point = (
+                None if found is None else found.unsqueeze(-1)
+                for found in activation_scale(*ends, bits, is_float, symmetric)
+            )
+        routed = experts.clamp(max=self.num_experts - 1)
+        return ops.fake_quantize(values, _rows(scale, routed), _rows(zero_point, routed), *arguments)
+
+    def expert(self, index: int) -> dict[str, torch.Tensor]:
+        """The tensors of one expert, by suffix, as a file holds them."""
+        tensors = {name: value.data for name, value in self._parameters.items() if value is not None}
+        return expert_tensors(tensors, index)
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """The weights ``[E, O, I]`` as codes, scales and zero points, checked as strictly as when a file is decoded."""
+        found = [self._decoded(self.expert(index)) for index in range(self.num_experts)]
+        stacked = {
+            name: None if getattr(found[0], name) is None else torch.stack([getattr(one, name) for one in found])
+            for name in ("codes", "scale", "zero_point", "global_scale", "g_idx")
+        }
+        return QuantizedWeight(**stacked)  # type: ignore[arg-type]  # codes there always are
+
+    def _dense_weight(self) -> torch.Tensor:
+        weight = self._weight_tensors()
+        slices = (tuple(None if tensor is None else tensor[e] for tensor in weight) for e in range(self.num_experts))
+        return torch.stack([ops.dequantize(*one, *self._layout) for one in slices])
+
+    def extra_repr(self) -> str:
+        shape = f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, {self._describe()}"
+
+
+class CompressedExperts(nn.Module):
+    """The experts of one layer; stands before the class of transformers whose place it takes.
+
+    That class says how gate and up meet and what follows the down projection. Its weights are gone: in their place
+    are the modules ``gate_proj`` (where there is a gate), ``up_proj`` and ``down_proj``.
+    """
+
+    expert_stack: ExpertStack
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """``[T, H]`` through the experts ``top_k_index`` ``[T, k]``, weighted by ``top_k_weights`` ``[T, k]``."""
+        tokens, slots = top_k_index.shape
+        bias = top_k_index.clamp(max=self.expert_stack.count - 1) if self.has_bias else None
+        up = self.up_proj(hidden_states, top_k_index)
+        if self.has_gate:
+            gate = self.gate_proj(hidden_states, top_k_index)
+            fused = torch.cat((gate, up), -1) if self.is_concatenated else torch.stack((gate, up), -1).flatten(-2)
+            hidden = self._apply_gate(fused if bias is None else fused + self.gate_up_proj_bias[bias])
+        else:
+            hidden = self.act_fn(up if bias is None else up + self.up_proj_bias[bias])
+        output = self.down_proj(hidden.flatten(0, 1), top_k_index.reshape(-1, 1)).reshape(tokens, slots, -1)
+        if bias is not None:
+            output = output + self.down_proj_bias[bias]
+        if getattr(self, "has_post_expert_norm", False):
+            output = self.post_expert_norm(output)
+        return (output * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, so pickle is told how to make it again.
+        return _blank_experts, (_original_class(type(self)),), self.__getstate__()  # type: ignore[no-untyped-call]
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.expert_stack.count}"
+
+
+@cache
+def compressed_experts_class(original: type[nn.Module]) -> type[CompressedExperts]:
+    """The class of compressed experts that takes the place of ``original``."""
+    name = f"Compressed{original.__name__}"
+    return type(name, (CompressedExperts, original), {"__module__": __name__, "__doc__": CompressedExperts.__doc__})
+
+
+def _original_class(compressed: type[nn.Module]) -> type[nn.Module]:
+    return compressed.__mro__[compressed.__mro__.index(CompressedExperts) + 1]
+
+
+def _blank_experts(original: type[nn.Module]) -> CompressedExperts:
+    return copyreg.__newobj__(compressed_experts_class(original))  # type: ignore[attr-defined,no-any-return]
+
+
+def expert_tensors(tensors: Mapping[str, torch.Tensor], expert: int) -> dict[str, torch.Tensor]:
+    """The tensors of one expert, out of those of all."""
+    found = {suffix: tensor[expert] for suffix, tensor in tensors.items()}
+    if "row_offsets" in found:
+        # Experts have different numbers of values that are not zero, and are padded to the largest.
+        values = _SET_BITS.to(found["bitmask"].device)[found["bitmask"].flatten().to(torch.int64)].sum()
+        found["compressed"] = found["compressed"][: int(values)]
+    return found
+
+
+def stack_tensors(suffix: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One tensor of all experts, stacked; values without zeros are padded where there are more in some than in others."""
+    longest = max(tensor.shape[0] for tensor in tensors) if suffix == "compressed" else 0
+    if suffix == "compressed" and any(tensor.shape[0] != longest for tensor in tensors):
+        stacked = tensors[0].new_zeros((len(tensors), longest))
+        for expert, tensor in enumerate(tensors):
+            stacked[expert, : tensor.shape[0]] = tensor
+        return stacked
+    return torch.stack(list(tensors))
+
+
+_SET_BITS = torch.tensor([bin(byte).count("1") for byte in range(256)], device="cpu")
+
+
+def _range_of_experts(values: torch.Tensor, experts: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least and the largest of all ``values`` ``[T, k, n]`` that go to each expert; zero where there are none."""
+    index = experts.flatten()
+    nothing = values.new_zeros(count + 1)
+    least = nothing.scatter_reduce(0, index, values.amin(dim=-1).flatten(), "amin", include_self=False)
+    largest = nothing.scatter_reduce(0, index, values.amax(dim=-1).flatten(), "amax", include_self=False)
+    return least[:count], largest[:count]
+
+
+def _rows(values: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | None:
+    """``values[index]``, through bytes: torch cannot pick among float8 zero points everywhere."""
+    if values is None:
+        return None
+    picked = bytes_of(values)[index]
+    return picked.view(values.dtype)
