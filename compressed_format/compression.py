@@ -27,6 +27,15 @@ from compressed_format.errors import (
     QuantizationError,
     TargetError,
 )
+from compressed_format.expert_compression import (
+    compress_experts,
+    dense_stacks,
+    expert_linears,
+    observable_experts,
+    plain_experts,
+    projection_assignments,
+)
+from compressed_format.experts import CompressedExperts
 from compressed_format.linear import CompressedModule, compressed_modules
 from compressed_format.module_compression import check_modules, compress_module, plain_module, treatment
 
@@ -67,26 +76,43 @@ def compress(
     for problem in resolution.warnings:
         warnings.warn(str(problem), CompressedFormatWarning, stacklevel=2)
     modules = {name: module for name, module in model.named_modules() if name in resolution.assignments}
-    check_modules(modules, resolution)
+    stacks = {
+        name: (module, stack, assignments)
+        for name, (module, stack) in dense_stacks(model).items()
+        if (assignments := projection_assignments(name, stack, resolution))
+    }
+    linears: dict[str, nn.Linear] = {}
+    for name, (module, stack, _) in stacks.items():
+        linears |= expert_linears(module, stack, name)
+    targeted = {**modules, **{name: linear for name, linear in linears.items() if name in resolution.assignments}}
+    check_modules(targeted, resolution)
     if config.kv_cache_scheme is not None:
         message = (
             "kv_cache_scheme: passed on to the saved config, but no k_scale or v_scale is computed; "
             "runtimes will use a scale of 1"
         )
         warnings.warn(message, CompressedFormatWarning, stacklevel=2)
-    activation_scales = _activation_scales(model, modules, resolution, calibration)
+    observed = {name: (module, stack) for name, (module, stack, _) in stacks.items()}
+    with observable_experts(observed, linears):
+        activation_scales = _activation_scales(model, targeted, resolution, calibration)
+    # No name here may hold a dense module: its weight goes as soon as it is replaced.
+    del observed, linears, targeted
     ties = _tied_weights(model)
     _announce_broken_ties(model, ties, resolution)
     places = _places(model)
     tied: dict[Any, CompressedModule] = {}
-    total = len(modules)
-    for done, name in enumerate(list(modules), start=1):
-        assignment = resolution.assignments[name]
-        # No name here may hold the dense module: its weight goes as soon as it is replaced.
-        at = places.pop(id(modules[name]))
-        compressed = compress_module(modules.pop(name), assignment, activation_scales.pop(name, {}), name)
-        if name in ties:
-            compressed.share_weight(tied.setdefault((ties[name], treatment(assignment)), compressed))
+    total = len(modules) + len(stacks)
+    compressed: nn.Module
+    for done, name in enumerate([*modules, *stacks], start=1):
+        if name in modules:
+            assignment = resolution.assignments[name]
+            at = places.pop(id(modules[name]))
+            compressed = compress_module(modules.pop(name), assignment, activation_scales.pop(name, {}), name)
+            if name in ties:
+                compressed.share_weight(tied.setdefault((ties[name], treatment(assignment)), compressed))
+        else:
+            at = places.pop(id(stacks[name][0]))
+            compressed = compress_experts(*stacks.pop(name), name, activation_scales)
         for parent, child in at:
             setattr(parent, child, compressed)
         if progress is not None:
@@ -105,10 +131,13 @@ def decompress(model: nn.Module) -> nn.Module:
         raise TargetError("cannot be replaced in place, for it is the model itself; put it into an nn.Sequential")
     places = _places(model)
     dense: dict[Any, nn.Parameter] = {}
+    for module in [module for module in model.modules() if isinstance(module, CompressedExperts)]:
+        for parent, child in places[id(module)]:
+            setattr(parent, child, plain_experts(module))
     for module in list(compressed_modules(model).values()):
         key = id(module._parameters[module._weight_name]), module.dtype
         if key not in dense:
-            dense[key] = nn.Parameter(module.weight, requires_grad=True)
+            dense[key] = nn.Parameter(module.dequantized_weight(), requires_grad=True)
         plain = plain_module(module, dense[key])
         for parent, child in places[id(module)]:
             setattr(parent, child, plain)

@@ -97,10 +97,13 @@ class CompressedExpertLinear(CompressedModule):
         }
         return QuantizedWeight(**stacked)  # type: ignore[arg-type]  # codes there always are
 
-    def _dense_weight(self) -> torch.Tensor:
-        weight = self._weight_tensors()
-        slices = (tuple(None if tensor is None else tensor[e] for tensor in weight) for e in range(self.num_experts))
+    def _dense_weight(self, packed: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
+        slices = (tuple(None if tensor is None else tensor[e] for tensor in packed) for e in range(self.num_experts))
         return torch.stack([ops.dequantize(*one, *self._layout) for one in slices])
+
+    @property
+    def _dense_shape(self) -> tuple[int, ...]:
+        return (self.num_experts, *self._weight_shape)
 
     def extra_repr(self) -> str:
         shape = f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"
