@@ -1,12 +1,13 @@
 """Modules that run straight from the tensors of a checkpoint: :class:`CompressedLinear`, :class:`CompressedEmbedding`.
 
 The tensors of the file are the module's parameters, under the file's names, so ``state_dict()`` is the checkpoint.
-They are not trainable. ``module.weight`` dequantizes on every access; ``forward`` never does.
+They are not trainable. ``module.weight`` dequantizes when a value of it is asked for; ``forward`` never does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -17,6 +18,7 @@ from compressed_format import ops
 from compressed_format.activations import activation_group_size
 from compressed_format.config import CompressionFormat, QuantizationArgs, QuantizationScheme, QuantizationType
 from compressed_format.formats import SPARSITY_FORMATS, format_named
+from compressed_format.lazy_weight import LazyWeight
 from compressed_format.quantization import QuantizedWeight, block_shape
 
 __all__ = ["CompressedEmbedding", "CompressedLinear", "CompressedModule", "compressed_modules", "is_of_weight"]
@@ -67,12 +69,32 @@ class CompressedModule(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dequantized weight ``[O, I]`` in :attr:`dtype`, made anew on every access."""
-        return self._dense_weight().to(self.dtype)
+        """The weight in :attr:`dtype`: a :class:`LazyWeight`, which dequantizes where a value of it is asked for.
 
-    def _dense_weight(self) -> torch.Tensor:
-        """The weight in the dtype of its scales, dequantized."""
-        return ops.dequantize(*self._weight_tensors(), *self._layout)
+        Inside ``torch.compile`` and ``torch.export`` it is a plain tensor; the compiler drops what nobody reads.
+        """
+        if torch.compiler.is_compiling():
+            return self.dequantized_weight()
+        packed = self._weight_tensors()
+        device = self._parameters[self._weight_name].device  # type: ignore[union-attr]
+        return LazyWeight(partial(self._dequantize, packed, self.dtype), self._dense_shape, self.dtype, device)
+
+    def dequantized_weight(self) -> torch.Tensor:
+        """The weight in :attr:`dtype` as a plain tensor of its own, made anew by every call."""
+        return self._dequantize(self._weight_tensors(), self.dtype)
+
+    def _dequantize(self, packed: tuple[torch.Tensor | None, ...], dtype: torch.dtype) -> torch.Tensor:
+        dense = self._dense_weight(packed)
+        # An exported program would check the operand of a conversion, and could not leave it out.
+        return dense if dense.dtype == dtype else dense.to(dtype)
+
+    def _dense_weight(self, packed: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
+        """The weight in the dtype of its scales, dequantized from :meth:`_weight_tensors`."""
+        return ops.dequantize(*packed, *self._layout)
+
+    @property
+    def _dense_shape(self) -> tuple[int, ...]:
+        return self._weight_shape
 
     def quantized_weight(self) -> QuantizedWeight:
         """The weight as codes, scales and zero points, checked as strictly as when a file is decoded."""

@@ -19,7 +19,7 @@ from compressed_format.config import (
     QuantizationArgs,
     QuantizationConfig,
 )
-from compressed_format.errors import OpArgumentError
+from compressed_format.errors import OpArgumentError, UnsupportedFormatError
 from compressed_format.formats import FORMATS, prune_2_of_4
 from compressed_format.formats.module import module_tensor_specs
 from compressed_format.linear import CompressedModule, compressed_modules
@@ -219,7 +219,7 @@ def test_weight_can_be_asked_for_and_not_set() -> None:
             with pytest.raises(AttributeError, match=r"^CompressedLinear.weight is computed .* decompress\(\)"):
                 module.weight = value
         assert_same_tensors(module.state_dict(), before)
-        module.weight.zero_()  # nothing but a copy
+        module.weight.clone().zero_()
         assert_same_tensors(module.state_dict(), before)
 
 
@@ -228,7 +228,8 @@ def test_unquantized_weights_are_copied_too() -> None:
     module = compress(nn.Sequential(nn.Linear(4, 4)), config)[0]
     assert module.format is CompressionFormat.DENSE
     before = snapshot(module)
-    module.weight.zero_()
+    for dense in (module.dequantized_weight(), module.weight.clone(), module.weight.cpu(), module.weight[:]):
+        dense.zero_()
     assert_same_tensors(module.state_dict(), before)
 
 
@@ -559,7 +560,7 @@ def test_autocast_is_that_of_a_plain_linear(case: str, compiled: bool) -> None:
     module = linear_of(case)
     module._input = None  # a plain linear rounds nothing
     plain = nn.Linear(COLUMNS, ROWS)
-    plain.weight, plain.bias = nn.Parameter(module.weight), module.bias
+    plain.weight, plain.bias = nn.Parameter(module.dequantized_weight()), module.bias
     results = []
     for layer in (module, plain):
 
@@ -718,7 +719,7 @@ def test_share_memory() -> None:
     assert module.dtype == torch.float32
 
 
-def test_apply_visits_it_once_and_writes_to_copies() -> None:
+def test_apply_visits_it_once_and_cannot_initialize_it() -> None:
     module = linear_of("int4 group symmetric")
     before, seen = snapshot(module), []
 
@@ -727,8 +728,9 @@ def test_apply_visits_it_once_and_writes_to_copies() -> None:
         if isinstance(visited, nn.Linear):
             nn.init.normal_(visited.weight)
 
-    nn.Sequential(module).apply(initialize)
-    assert seen[0] is module
+    with pytest.raises(UnsupportedFormatError, match="cannot be written to: it is computed from packed tensors"):
+        nn.Sequential(module).apply(initialize)
+    assert seen == [module]
     assert_same_tensors(module.state_dict(), before)
 
 
