@@ -17,6 +17,7 @@ from torch import nn
 from compressed_format import ops
 from compressed_format.activations import activation_group_size
 from compressed_format.config import CompressionFormat, QuantizationArgs, QuantizationScheme, QuantizationType
+from compressed_format.errors import UnsupportedFormatError
 from compressed_format.formats import SPARSITY_FORMATS, format_named
 from compressed_format.lazy_weight import LazyWeight
 from compressed_format.quantization import QuantizedWeight, block_shape
@@ -161,6 +162,24 @@ class CompressedModule(nn.Module):
 
         super()._apply(keeping_dtype, recurse=False)  # type: ignore[no-untyped-call]
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=next(iter(self.parameters())).device)).dtype
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> CompressedModule:
+        """Make the bias trainable, or freeze it; packed tensors have no gradient and stay frozen.
+
+        Raises :class:`UnsupportedFormatError` where there is no bias, and so nothing to train.
+        """
+        bias = self._parameters.get("bias")
+        if requires_grad and bias is None:
+            raise UnsupportedFormatError(
+                f"{type(self).__name__}({self._describe()}) has nothing to train: its weight is packed, and there is "
+                "no bias; attach adapters to train beside it, or decompress() the model to train its weights"
+            )
+        for name, parameter in self._parameters.items():
+            if parameter is not None:
+                parameter.requires_grad_(requires_grad and name == "bias")
+        for child in self.children():
+            child.requires_grad_(requires_grad)
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:

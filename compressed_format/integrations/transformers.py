@@ -104,7 +104,8 @@ class CompressedFormatQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        # By adapters: gradients pass through packed weights. Trainer itself asks that there be some.
+        return True
 
     @property
     def is_compileable(self) -> bool:

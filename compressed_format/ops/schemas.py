@@ -7,7 +7,7 @@ no gradient; activations and bias have.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -189,7 +189,19 @@ def _save_for_linear(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) ->
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
+def refuse_gradients(op: str, needed: Iterable[bool]) -> None:
+    """Raise where a tensor of :data:`WEIGHT` was to be trained: it would stay as it is, without a word."""
+    names = [argument.split()[-1] for argument in WEIGHT.split(", ")]
+    wanted = [name for name, need in zip(names, needed, strict=True) if need]
+    if wanted:
+        raise OpArgumentError(
+            f"{op}: {', '.join(wanted)} must not require a gradient, as the tensors of a compressed weight have none; "
+            "freeze them by requires_grad_(False), or decompress() the model to train its weights"
+        )
+
+
 def _backward_of_linear(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    refuse_gradients("linear", ctx.needs_input_grad[1:6])
     to_input = to_bias = None
     if ctx.needs_input_grad[0]:
         dense = dequantize(*ctx.saved_tensors, *ctx.layout)
