@@ -5,15 +5,36 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import PureWindowsPath
+from typing import Literal, get_args
 
 from compressed_format.checkpoint.strict_json import parse_object
 from compressed_format.errors import CheckpointError, Problem
 
-__all__ = ["INDEX_FILE", "INDEX_SUFFIX", "SINGLE_FILE", "build_index", "file_name_problem", "parse_index"]
+__all__ = [
+    "INDEX_SUFFIX",
+    "STEMS",
+    "Stem",
+    "build_index",
+    "file_name_problem",
+    "index_file",
+    "parse_index",
+    "single_file",
+]
 
-SINGLE_FILE = "model.safetensors"
+Stem = Literal["model", "diffusion_pytorch_model"]
+STEMS: tuple[Stem, ...] = get_args(Stem)
+"""How the names of files of tensors begin: everywhere, and in the folders of a pipeline of diffusers."""
 INDEX_SUFFIX = ".safetensors.index.json"
-INDEX_FILE = "model" + INDEX_SUFFIX
+
+
+def single_file(stem: Stem) -> str:
+    """The name of the one file of tensors of a checkpoint that is not sharded."""
+    return f"{stem}.safetensors"
+
+
+def index_file(stem: Stem) -> str:
+    """The name of the index of a sharded checkpoint."""
+    return stem + INDEX_SUFFIX
 
 
 def build_index(weight_map: Mapping[str, str], total_size: int) -> bytes:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from frozendict import frozendict
 
 from compressed_format.checkpoint.header import TensorSpec
-from compressed_format.checkpoint.index import INDEX_FILE, INDEX_SUFFIX, SINGLE_FILE, parse_index
+from compressed_format.checkpoint.index import INDEX_SUFFIX, STEMS, index_file, parse_index, single_file
 from compressed_format.checkpoint.publish import PARTIAL_SUFFIX
 from compressed_format.checkpoint.shard_file import ShardFile, read_regular
 from compressed_format.dtypes import DTYPES, torch_dtype
@@ -107,7 +107,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Open a checkpoint by its headers, without reading any tensor.
 
     ``path`` is a folder with ``model.safetensors``, else with ``model.safetensors.index.json`` and the shards this
-    names, else with exactly one other ``.safetensors`` file; or it is one such file or index. Links to files are
+    names, else with either under the name that diffusers gives it, ``diffusion_pytorch_model``, else with exactly one
+    other ``.safetensors`` file; or it is one such file or index. Links to files are
     followed. Pickle is never read.
 
     Raises :class:`CheckpointError`, with everything that is wrong in ``problems``: nothing found, an unfinished save,
@@ -166,14 +167,15 @@ def _locate(path: Path) -> tuple[Path, str | None, list[str]]:
         if path.name.endswith(".safetensors"):
             return path.parent, None, names
         raise _error(path, f"is no .safetensors file{_about_pickles(names)}")
-    if SINGLE_FILE in names:
-        return path, None, [SINGLE_FILE]
-    if INDEX_FILE in names:
-        return path, INDEX_FILE, []
+    for stem in STEMS:
+        if single_file(stem) in names:
+            return path, None, [single_file(stem)]
+        if index_file(stem) in names:
+            return path, index_file(stem), []
     others = [name for name in names if name.endswith(".safetensors")]
     if len(others) == 1:
         return path, None, others
-    looked_for = f"{SINGLE_FILE}, {INDEX_FILE} and exactly one other .safetensors file"
+    looked_for = f"{single_file('model')}, {index_file('model')} and exactly one other .safetensors file"
     if others:
         raise _error(path, f"none of {looked_for} is there, but {', '.join(others)}: name one of them, or add an index")
     raise _error(path, f"none of {looked_for} is there{_about_pickles(names)}")

@@ -9,7 +9,7 @@ from decimal import Decimal
 from frozendict import frozendict
 
 from compressed_format.checkpoint.header import ALIGNMENT, byte_size
-from compressed_format.checkpoint.index import SINGLE_FILE
+from compressed_format.checkpoint.index import Stem, single_file
 from compressed_format.dtypes import DTYPES
 from compressed_format.errors import CheckpointError, Problem
 
@@ -55,11 +55,11 @@ def plan_shards(sizes: Iterable[tuple[str, int]], max_shard_size: int) -> list[l
     return shards
 
 
-def shard_names(count: int) -> list[str]:
+def shard_names(count: int, stem: Stem = "model") -> list[str]:
     """The file names of ``count`` shards, as the Hugging Face libraries number them."""
     if count == 1:
-        return [SINGLE_FILE]
-    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        return [single_file(stem)]
+    return [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
 def order_for_alignment(names: Sequence[str], specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from frozendict import frozendict
 
 from compressed_format.checkpoint.header import build_header, byte_size
-from compressed_format.checkpoint.index import INDEX_FILE, SINGLE_FILE, build_index, file_name_problem
+from compressed_format.checkpoint.index import STEMS, Stem, build_index, file_name_problem, index_file, single_file
 from compressed_format.checkpoint.publish import PartialFolder, publishing
 from compressed_format.checkpoint.shards import order_for_alignment, parse_shard_size, plan_shards, shard_names
 from compressed_format.dtypes import DTYPES
@@ -25,7 +25,7 @@ __all__ = ["write_checkpoint"]
 _CHUNK_BYTES = 64 * 1024 * 1024
 """Written between two reports of progress, and held at once of a file that is copied."""
 
-_RESERVED = re.compile(r"model\.safetensors(\.index\.json)?|model-\d{5,}-of-\d{5,}\.safetensors")
+_RESERVED = re.compile(rf"({'|'.join(STEMS)})(\.safetensors(\.index\.json)?|-\d{{5,}}-of-\d{{5,}}\.safetensors)")
 
 
 def write_checkpoint(
@@ -36,6 +36,7 @@ def write_checkpoint(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     metadata: Mapping[str, str] = frozendict({"format": "pt"}),
+    stem: Stem = "model",
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write tensors of any shape, device and stride, and further files, as the folder ``destination``: whole or not.
@@ -44,7 +45,7 @@ def write_checkpoint(
     (an integer, or such as ``"5GB"`` or ``"1GiB"``; a larger tensor gets a shard of its own) with an index. They are
     read one at a time, so a mapping may make each on demand; it is asked twice, once for dtypes and shapes.
     ``files`` gives the content, or a file to copy, for each further name, such as ``config.json`` or ``code/x.py``.
-    ``metadata`` is written into each shard. The same arguments give the same bytes.
+    ``metadata`` is written into each shard; ``stem`` takes the place of ``model`` in the names of files. The same arguments give the same bytes.
 
     A destination that holds anything is refused unless ``overwrite`` is true, and then replaced as a whole, with
     all that is in it; tensors that are mapped from it stay valid. ``progress`` is called with the bytes of tensors
@@ -69,7 +70,7 @@ def write_checkpoint(
     sizes = {name: byte_size(*spec) for name, spec in specs.items()}
     shards = [order_for_alignment(names, specs) for names in plan_shards(sizes.items(), limit)]
     headers = [build_header(((name, *specs[name]) for name in names), metadata) for names in shards]
-    shard_files = shard_names(len(shards))
+    shard_files = shard_names(len(shards), stem)
     total = sum(sizes.values())
     written = 0
     with publishing(destination, overwrite=overwrite) as folder:
@@ -84,7 +85,7 @@ def write_checkpoint(
                             progress(written, total)
         if len(shards) > 1:
             weight_map = {name: file for file, names in zip(shard_files, shards, strict=True) for name in names}
-            with folder.create(INDEX_FILE) as append:
+            with folder.create(index_file(stem)) as append:
                 append(build_index(weight_map, total))
         for file, content in files.items():
             _write_file(folder, file, content)
@@ -175,7 +176,9 @@ def _file_problems(files: Mapping[Any, Any]) -> Iterable[Problem]:
         elif reason := file_name_problem(name):
             yield Problem(place, f"the name {reason}")
         elif _RESERVED.fullmatch(name.partition("/")[0]):
-            yield Problem(place, f"the name is that of a file of tensors: {SINGLE_FILE}, its shards and their index")
+            yield Problem(
+                place, f"the name is that of a file of tensors: {single_file('model')}, its shards and their index"
+            )
         elif inside := names.intersection(str(parent) for parent in Path(name).parents):
             yield Problem(place, f"{min(inside)!r} cannot be both a file and the folder of this one")
         if isinstance(content, Path):
