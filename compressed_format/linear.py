@@ -6,9 +6,9 @@ They are not trainable. ``module.weight`` dequantizes when a value of it is aske
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -34,6 +34,14 @@ class _ActivationArguments(NamedTuple):
     group_size: int
 
 
+class SplitWeight(Protocol):
+    """What :mod:`compressed_format.tensor_parallel` puts into a module whose weight it has split."""
+
+    def linear(self, module: CompressedModule, input: torch.Tensor) -> torch.Tensor: ...
+
+    def embedding(self, module: CompressedModule, indices: torch.Tensor) -> torch.Tensor: ...
+
+
 class CompressedModule(nn.Module):
     """What compressed modules have in common: the tensors of a weight ``[O, I]`` and what they mean.
 
@@ -46,6 +54,8 @@ class CompressedModule(nn.Module):
     format: CompressionFormat
     sparsity: CompressionFormat | None
     dtype: torch.dtype
+    # How the weight is split between processes, for a module that computes on its part.
+    _sharding: SplitWeight | None = None
 
     def _set_up(
         self,
@@ -91,6 +101,7 @@ class CompressedModule(nn.Module):
 
     def _dense_weight(self, packed: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
         """The weight in the dtype of its scales, dequantized from :meth:`_weight_tensors`."""
+        _refuse_parts(self, packed)
         return ops.dequantize(*packed, *self._layout)
 
     @property
@@ -103,6 +114,7 @@ class CompressedModule(nn.Module):
 
     def _decoded(self, stored: Mapping[str, torch.Tensor]) -> QuantizedWeight:
         place = type(self).__name__
+        _refuse_parts(self, stored.values())
         tensors = {name: tensor for name, tensor in stored.items() if name != "bias"}
         if self.sparsity is not None:
             tensors["weight"] = SPARSITY_FORMATS[self.sparsity].decode(tensors, place=place)
@@ -194,10 +206,26 @@ class CompressedModule(nn.Module):
             )
         if isinstance(value, nn.Parameter) and name in parameters:
             if name != "bias":
+                if held is not None and held.dtype != value.dtype and (is_split(held) or is_split(value)):
+                    raise UnsupportedFormatError(
+                        f"{type(self).__name__}.{name} would be cast from {held.dtype} to {value.dtype} while it is "
+                        "gathered; shard compressed modules without mixed precision: call fully_shard on each of them, "
+                        "with the default mp_policy, before the modules that contain them"
+                    )
                 value.requires_grad_(False)
             parameters[name] = value
             return
         super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As :meth:`torch.nn.Module.register_parameter`, but for parts of tensors, which only a plan may cut."""
+        if param is not None and is_split(param):
+            raise UnsupportedFormatError(
+                f"{type(self).__name__}.{name}: this style splits tensors without regard to words, groups and what is "
+                "one for all; split the model with compressed_format.tensor_parallel.parallelize_module, which takes "
+                "the same plans, or with that module's ColwiseParallel and RowwiseParallel"
+            )
+        super().register_parameter(name, param)
 
     def __getstate__(self) -> dict[str, Any]:
         parameters = {
@@ -271,6 +299,8 @@ class CompressedLinear(CompressedModule, nn.Linear):  # type: ignore[override]  
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``input`` ``[..., in_features]`` in any float dtype, to ``[..., out_features]`` in the same dtype."""
+        if self._sharding is not None:
+            return self._sharding.linear(self, input)
         input = self._quantize_input(input)
         output = ops.linear(input, *self._weight_tensors(), self._parameters["bias"], *self._layout)
         return self._quantize_output(output)
@@ -302,6 +332,8 @@ class CompressedEmbedding(CompressedModule, nn.Embedding):  # type: ignore[overr
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Indices of any shape to ``[*input.shape, embedding_dim]`` in :attr:`dtype`."""
+        if self._sharding is not None:
+            return self._sharding.embedding(self, input)
         rows = ops.embedding(input, *self._weight_tensors(), *self._layout)
         return self._quantize_output(rows.to(self.dtype))
 
@@ -345,6 +377,20 @@ def _describe_args(args: QuantizationArgs) -> str:
 
 def _name_of_codes(tensors: Collection[str]) -> str:
     return next(name for name in ("weight_packed", "compressed", "weight") if name in tensors)
+
+
+def is_split(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a ``DTensor``, told without importing what defines it."""
+    return hasattr(tensor, "device_mesh")
+
+
+def _refuse_parts(module: CompressedModule, tensors: Iterable[torch.Tensor | None]) -> None:
+    if any(tensor is not None and is_split(tensor) for tensor in tensors):
+        raise UnsupportedFormatError(
+            f"{type(module).__name__}({module.extra_repr()}) is split between processes, and so is its weight; "
+            "read it from get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of "
+            "torch.distributed.checkpoint.state_dict, or decompress the model before it is split"
+        )
 
 
 def _replaces(value: Any, held: nn.Parameter | None) -> bool:

@@ -1,0 +1,373 @@
+"""Tensor parallelism on ``torch.distributed.tensor``: weights split between processes, each computing on its part.
+
+:func:`parallelize_module` takes the plans of ``torch.distributed.tensor.parallel``, with torch's own styles, for models
+whose modules are compressed or not. The tensors of a split module are ``DTensor``; they stay packed. Results are those
+of the unsplit module, but for the order in which partial sums are added.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor, parallel
+
+from compressed_format import ops
+from compressed_format.activations import WHOLE_TENSOR, WHOLE_TOKEN
+from compressed_format.dtypes import DTYPES
+from compressed_format.errors import Problem, UnsupportedFormatError
+from compressed_format.linear import CompressedEmbedding, CompressedLinear, CompressedModule
+from compressed_format.scales import scale_of_range
+from compressed_format.sharding import ShardPlan, plan_sharding
+
+__all__ = [
+    "ColwiseParallel",
+    "Layouts",
+    "RowwiseParallel",
+    "Sharding",
+    "gathered",
+    "parallelize_module",
+    "shard_module",
+]
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """What a split module is given and gives, as the styles of ``torch.distributed.tensor.parallel`` say it."""
+
+    input: Placement
+    output: Placement
+    use_local_output: bool = True
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the weight of a module is split over ``mesh``, and how the module computes on its part of it.
+
+    Inputs and outputs may be ``DTensor`` or the plain local part of one. A Linear with split rows takes a replicated
+    input, and its output is split along the last dimension; with split columns the input is split along the last
+    dimension, and the partial outputs are summed, by the time somebody looks at a plain one. An Embedding takes
+    replicated indices; split columns make split outputs, split rows make partial ones.
+    """
+
+    plan: ShardPlan
+    mesh: DeviceMesh
+
+    def linear(self, module: CompressedModule, input: torch.Tensor) -> torch.Tensor:
+        """``input`` ``[..., in_features]``, or the local columns of it, to ``[..., out_features]`` likewise."""
+        by_rows = self.plan.dim == 0
+        local = self._local_input(input, Replicate() if by_rows else Shard(input.ndim - 1))
+        tensors = local_tensors(module)
+        if module._input is not None:
+            local = self._fake_quantize(local, module._input, tensors, "input", split=not by_rows)
+        bias = tensors.get("bias") if by_rows else None
+        output = ops.linear(local, *_weight_of(module, tensors), bias, *self._layout(module))
+        return self._finish(module, output, isinstance(input, DTensor), split=by_rows)
+
+    def embedding(self, module: CompressedModule, indices: torch.Tensor) -> torch.Tensor:
+        """``indices`` of any shape to ``[*indices.shape, embedding_dim]``, or the local columns of it."""
+        local = self._local_input(indices, Replicate())
+        weight = _weight_of(module, local_tensors(module))
+        if self.plan.dim == 1:
+            rows = ops.embedding(local, *weight, *self._layout(module))
+        else:
+            first, last = self.plan.bounds(self.mesh.get_local_rank())
+            own = (local >= first) & (local < last)
+            rows = ops.embedding((local - first).clamp(0, last - first - 1), *weight, *self._layout(module))
+            rows = torch.where(own.unsqueeze(-1), rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
+        rows = rows.to(module.dtype)
+        return self._finish(module, rows, isinstance(indices, DTensor), split=self.plan.dim == 1)
+
+    def _local_input(self, input: torch.Tensor, placement: Placement) -> torch.Tensor:
+        if not isinstance(input, DTensor):
+            if not input.requires_grad:
+                return input
+            input = DTensor.from_local(input, self.mesh, [placement], run_check=False)
+        spread = input
+        if tuple(spread.placements) != (placement,):
+            spread = spread.redistribute(placements=[placement])
+        # Each process finds a part of the gradient of an input that all of them have.
+        return spread.to_local(grad_placements=[Partial() if isinstance(placement, Replicate) else placement])
+
+    def _layout(self, module: CompressedModule) -> tuple[int, int, int, int]:
+        bits, _, block_rows, _ = module._layout
+        return bits, self.plan.columns(self.mesh.get_local_rank()), block_rows, self.plan.block_columns
+
+    def _finish(
+        self, module: CompressedModule, output: torch.Tensor, distributed: bool, *, split: bool
+    ) -> torch.Tensor:
+        """Sum what is partial, where a bias or a rounding waits for the sum, and return what the input was."""
+        if split:
+            if module._output is not None:
+                output = self._fake_quantize(output, module._output, local_tensors(module), "output", split=True)
+            return self._split_last(output) if distributed else output
+        partial: Any = DTensor.from_local(output, self.mesh, [Partial()], run_check=False)
+        bias = module._parameters.get("bias")
+        if distributed and bias is None and module._output is None:
+            return cast(torch.Tensor, partial)
+        whole: Any = partial.redistribute(placements=[Replicate()])
+        if bias is not None:
+            whole = whole + bias.to(whole.dtype)
+        if module._output is not None:
+            rounded = self._fake_quantize(
+                whole.to_local(), module._output, local_tensors(module), "output", split=False
+            )
+            whole = DTensor.from_local(rounded, self.mesh, [Replicate()], run_check=False)
+        return cast(torch.Tensor, whole if distributed else whole.to_local())
+
+    def _split_last(self, local: torch.Tensor) -> DTensor:
+        """The local columns as a ``DTensor`` of all; their number need not be the same everywhere."""
+        shape = torch.Size((*local.shape[:-1], self.plan.shape[self.plan.dim]))
+        stride = torch.empty(shape, device="meta").stride()
+        split = [Shard(local.ndim - 1)]
+        return DTensor.from_local(local, self.mesh, split, run_check=False, shape=shape, stride=stride)
+
+    def _fake_quantize(
+        self,
+        values: torch.Tensor,
+        arguments: tuple[int, bool, bool, int],
+        tensors: Mapping[str, torch.Tensor],
+        name: str,
+        *,
+        split: bool,
+    ) -> torch.Tensor:
+        """Round activations of which this process has all columns, or those of its part (``split``).
+
+        Scales that are found from a whole token or tensor are found from all its columns: the range is reduced over the
+        processes first, so that codes are those of the unsplit module.
+        """
+        scale, zero_point = tensors.get(f"{name}_scale"), tensors.get(f"{name}_zero_point")
+        group_size = arguments[-1]
+        if split and scale is None and group_size in (WHOLE_TENSOR, WHOLE_TOKEN) and values.numel():
+            scale, zero_point = self._scale_of_all_columns(values.detach(), *arguments)
+        return ops.fake_quantize(values, scale, zero_point, *arguments)
+
+    def _scale_of_all_columns(
+        self, values: torch.Tensor, bits: int, is_float: bool, symmetric: bool, group_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if group_size == WHOLE_TOKEN:
+            minimum, maximum = values.amin(dim=-1, keepdim=True), values.amax(dim=-1, keepdim=True)
+        else:
+            minimum, maximum = (bound.reshape(1) for bound in torch.aminmax(values))
+        both = DTensor.from_local(torch.stack((-minimum, maximum)), self.mesh, [Partial("max")], run_check=False)
+        negated, maximum = both.redistribute(placements=[Replicate()]).to_local()
+        largest = DTYPES["float8_e4m3fn"].largest
+        lowest, highest = (-largest, largest) if is_float else (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
+        stored = torch.float8_e4m3fn if is_float else torch.int8
+        return scale_of_range(-negated, maximum, lowest, highest, None if symmetric else stored)
+
+
+def plan_of(module: CompressedModule, dim: int, parts: int, place: str = "") -> ShardPlan:
+    """How ``module`` would be split along ``dim`` of its weight ``[O, I]``; raises what :func:`plan_sharding` does."""
+    tensors = {name: value for name, value in module._parameters.items() if value is not None}
+    outputs = 1 if isinstance(module, nn.Embedding) else 0
+    return plan_sharding(
+        tensors,
+        module._weight_shape,
+        module.scheme,
+        module.sparsity,
+        dim,
+        parts,
+        outputs=outputs,
+        place=place or f"{type(module).__name__}({module.extra_repr()})",
+    )
+
+
+def shard_module(
+    module: CompressedModule, mesh: DeviceMesh, dim: int, *, src_data_rank: int | None = 0, place: str = ""
+) -> None:
+    """Split the tensors of ``module`` along ``dim`` of its weight ``[O, I]`` over the one-dimensional ``mesh``.
+
+    The values are those of ``src_data_rank`` in the mesh; with None, each process takes its part of its own. Tensors on
+    the meta device stay there. Raises :class:`UnsupportedFormatError` where the split would cut what belongs together.
+    """
+    if module._sharding is not None:
+        raise UnsupportedFormatError(problems=[Problem(place, "is split already; a module can be split only once")])
+    plan = plan_of(module, dim, mesh.size(), place)
+    for name in plan.splits:
+        shard_tensor(module, name, plan, mesh, src_data_rank)
+    module._sharding = Sharding(plan, mesh)
+
+
+def shard_tensor(
+    module: CompressedModule, name: str, plan: ShardPlan, mesh: DeviceMesh, src_data_rank: int | None
+) -> None:
+    """Split one tensor of ``module`` as ``plan`` says."""
+    parameter = module._parameters[name]
+    assert parameter is not None  # a plan names nothing else
+    values = parameter.detach()
+    if src_data_rank is not None and not values.is_meta:
+        values = values.to(mesh.device_type).clone(memory_format=torch.contiguous_format)
+        # As bytes, because not every backend knows every dtype.
+        dist.broadcast(values.view(-1).view(torch.uint8), group=mesh.get_group(), group_src=src_data_rank)
+    split = plan.splits[name]
+    placement = Replicate() if split is None else Shard(split)
+    module._parameters[name] = nn.Parameter(
+        distribute_tensor(values, mesh, [placement], src_data_rank=None), requires_grad=parameter.requires_grad
+    )
+
+
+def add_layout_hooks(module: CompressedModule, mesh: DeviceMesh, layouts: Layouts) -> None:
+    """Make a split ``module`` take inputs and give outputs in ``layouts``."""
+
+    def prepare_input(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        input = inputs[0]
+        if not isinstance(input, DTensor):
+            input = DTensor.from_local(input, mesh, [layouts.input], run_check=False)
+        return (input, *inputs[1:])
+
+    def prepare_output(_: nn.Module, inputs: tuple[Any, ...], output: DTensor) -> torch.Tensor:
+        if tuple(output.placements) != (_positive(layouts.output, output.ndim),):
+            output = output.redistribute(placements=[layouts.output])
+        return output.to_local() if layouts.use_local_output else output
+
+    module.register_forward_pre_hook(prepare_input)
+    module.register_forward_hook(prepare_output)
+
+
+class ColwiseParallel(parallel.ColwiseParallel):
+    """torch's own style, which also splits compressed modules: the outputs of a Linear, the columns of an Embedding."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return _apply(self, module, device_mesh) or super()._apply(module, device_mesh)
+
+
+class RowwiseParallel(parallel.RowwiseParallel):
+    """torch's own style, which also splits compressed modules: the inputs of a Linear, the rows of an Embedding."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return _apply(self, module, device_mesh) or super()._apply(module, device_mesh)
+
+
+def parallelize_module(
+    module: nn.Module,
+    device_mesh: DeviceMesh,
+    parallelize_plan: parallel.ParallelStyle | Mapping[str, parallel.ParallelStyle],
+    *,
+    src_data_rank: int | None = 0,
+) -> nn.Module:
+    """As ``torch.distributed.tensor.parallel.parallelize_module``, for models with compressed modules.
+
+    torch's ``ColwiseParallel`` and ``RowwiseParallel`` may be used as they are. Nothing is split before all compressed
+    modules that the plan reaches are known to allow it.
+
+    Raises :class:`UnsupportedFormatError` that lists every module which cannot be split so, with the parallel sizes
+    that work, or which has another style.
+    """
+    names = {part: name for name, part in module.named_modules()}
+    problems: list[Problem] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the second pass warns
+        _parallelize(module, device_mesh, parallelize_plan, lambda style: _Check(style, names, problems), None)
+    if problems:
+        raise UnsupportedFormatError("the model cannot be split like this:", problems)
+    return _parallelize(module, device_mesh, parallelize_plan, _Serve, src_data_rank)
+
+
+def _parallelize(module: nn.Module, mesh: DeviceMesh, plan: Any, wrap: Any, src_data_rank: int | None) -> nn.Module:
+    wrapped = {name: wrap(style) for name, style in plan.items()} if isinstance(plan, Mapping) else wrap(plan)
+    return parallel.parallelize_module(module, mesh, wrapped, src_data_rank=src_data_rank)
+
+
+class _Check(parallel.ParallelStyle):
+    """Collects what hinders the compressed modules that a style is applied to, and changes nothing."""
+
+    def __init__(self, style: parallel.ParallelStyle, names: Mapping[nn.Module, str], problems: list[Problem]) -> None:
+        self.style, self.names, self.problems = style, names, problems
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if isinstance(module, CompressedModule):
+            place = self.names[module]
+            dim = _dimension(self.style, module)
+            if dim is None:
+                if type(self.style).__name__ not in _PREPARE_ONLY:
+                    message = f"is compressed, and cannot be split by {type(self.style).__name__}"
+                    self.problems.append(Problem(place, message))
+            else:
+                try:
+                    plan_of(module, dim, device_mesh.size(), place)
+                except UnsupportedFormatError as error:
+                    self.problems.extend(error.problems)
+        return module
+
+
+# Styles that look after inputs and outputs, and leave parameters alone.
+_PREPARE_ONLY = frozenset({"PrepareModuleInput", "PrepareModuleInputOutput", "PrepareModuleOutput"})
+
+
+class _Serve(parallel.ParallelStyle):
+    """A style of torch that splits compressed modules too."""
+
+    def __init__(self, style: parallel.ParallelStyle) -> None:
+        self.style = style
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        self.style.src_data_rank = self.src_data_rank
+        return _apply(self.style, module, device_mesh) or self.style._apply(module, device_mesh)
+
+
+def _apply(style: parallel.ParallelStyle, module: nn.Module, mesh: DeviceMesh) -> nn.Module | None:
+    """Split a compressed ``module`` by a style of torch; None for other modules and styles."""
+    dim = _dimension(style, module)
+    if dim is None:
+        return None
+    known = cast(Any, style)
+    layouts = Layouts(known.input_layouts[0], known.output_layouts[0], known.use_local_output)
+    assert isinstance(module, CompressedModule)  # or there would be no dimension
+    shard_module(module, mesh, dim, src_data_rank=style.src_data_rank)
+    add_layout_hooks(module, mesh, layouts)
+    return module
+
+
+def _dimension(style: parallel.ParallelStyle, module: nn.Module) -> int | None:
+    """The dimension of a compressed module's weight that a style splits."""
+    if not isinstance(module, (CompressedLinear, CompressedEmbedding)):
+        return None
+    embedding = isinstance(module, nn.Embedding)
+    if isinstance(style, parallel.ColwiseParallel):
+        return 1 if embedding else 0
+    if isinstance(style, parallel.RowwiseParallel):
+        return 0 if embedding else 1
+    return None
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that is split between processes, which must all ask for it; a plain tensor is that itself."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    tensor = tensor.detach()
+    if tensor.dtype != torch.float8_e4m3fn:
+        return tensor.full_tensor()
+    # As bytes, because not every backend knows every dtype.
+    parts = tensor.to_local().view(torch.uint8)
+    shape, stride = tensor.shape, tensor.stride()
+    whole = DTensor.from_local(
+        parts, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride
+    )
+    return whole.full_tensor().view(tensor.dtype)
+
+
+def local_tensors(module: CompressedModule) -> dict[str, torch.Tensor]:
+    """This process's part of each tensor of ``module``, by suffix."""
+    return {
+        name: value.to_local() if isinstance(value, DTensor) else value
+        for name, value in module._parameters.items()
+        if value is not None
+    }
+
+
+def _weight_of(module: CompressedModule, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+    names = (module._weight_name, "weight_scale", "weight_zero_point", "weight_g_idx", "bitmask")
+    return tuple(tensors.get(name) for name in names)
+
+
+def _positive(placement: Placement, ndim: int) -> Placement:
+    if isinstance(placement, Shard) and placement.dim < 0:
+        return Shard(placement.dim + ndim)
+    return placement
