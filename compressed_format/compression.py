@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -39,7 +40,16 @@ from compressed_format.experts import CompressedExperts
 from compressed_format.linear import CompressedModule, compressed_modules
 from compressed_format.module_compression import check_modules, compress_module, plain_module, treatment
 
-__all__ = ["attach_config", "compress", "config_of", "decompress", "read_config"]
+__all__ = [
+    "announce_broken_ties",
+    "attach_config",
+    "compress",
+    "config_of",
+    "decompress",
+    "places_of_modules",
+    "planned",
+    "read_config",
+]
 
 _CONFIG_ATTRIBUTE = "compressed_format_config"
 
@@ -68,13 +78,7 @@ def compress(
     config = read_config(config)
     if compressed_modules(model):
         raise QuantizationError("the model holds compressed modules already; decompress() it first")
-    resolution = resolve_targets(model, config)
-    if not resolution.assignments:
-        raise TargetError(
-            "the config reaches no module of this model, so nothing would be compressed:", resolution.warnings
-        )
-    for problem in resolution.warnings:
-        warnings.warn(str(problem), CompressedFormatWarning, stacklevel=2)
+    resolution = planned(model, config)
     modules = {name: module for name, module in model.named_modules() if name in resolution.assignments}
     stacks = {
         name: (module, stack, assignments)
@@ -86,20 +90,14 @@ def compress(
         linears |= expert_linears(module, stack, name)
     targeted = {**modules, **{name: linear for name, linear in linears.items() if name in resolution.assignments}}
     check_modules(targeted, resolution)
-    if config.kv_cache_scheme is not None:
-        message = (
-            "kv_cache_scheme: passed on to the saved config, but no k_scale or v_scale is computed; "
-            "runtimes will use a scale of 1"
-        )
-        warnings.warn(message, CompressedFormatWarning, stacklevel=2)
     observed = {name: (module, stack) for name, (module, stack, _) in stacks.items()}
     with observable_experts(observed, linears):
         activation_scales = _activation_scales(model, targeted, resolution, calibration)
     # No name here may hold a dense module: its weight goes as soon as it is replaced.
     del observed, linears, targeted
     ties = _tied_weights(model)
-    _announce_broken_ties(model, ties, resolution)
-    places = _places(model)
+    announce_broken_ties(model, ties, resolution)
+    places = places_of_modules(model)
     tied: dict[Any, CompressedModule] = {}
     total = len(modules) + len(stacks)
     compressed: nn.Module
@@ -118,7 +116,29 @@ def compress(
         if progress is not None:
             progress(done, total)
     attach_config(model, config)
+    _tell_transformers(model, config)
     return model
+
+
+def planned(model: nn.Module, config: QuantizationConfig) -> TargetResolution:
+    """What ``config`` makes of the modules of ``model``, with a warning for each thing that it may not mean.
+
+    Raises :class:`TargetError` if it reaches none.
+    """
+    resolution = resolve_targets(model, config)
+    if not resolution.assignments:
+        raise TargetError(
+            "the config reaches no module of this model, so nothing would be compressed:", resolution.warnings
+        )
+    for problem in resolution.warnings:
+        warnings.warn(str(problem), CompressedFormatWarning, stacklevel=3)
+    if config.kv_cache_scheme is not None:
+        message = (
+            "kv_cache_scheme: passed on to the saved config, but no k_scale or v_scale is computed; "
+            "runtimes will use a scale of 1"
+        )
+        warnings.warn(message, CompressedFormatWarning, stacklevel=3)
+    return resolution
 
 
 def decompress(model: nn.Module) -> nn.Module:
@@ -129,7 +149,7 @@ def decompress(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, CompressedModule):
         raise TargetError("cannot be replaced in place, for it is the model itself; put it into an nn.Sequential")
-    places = _places(model)
+    places = places_of_modules(model)
     dense: dict[Any, nn.Parameter] = {}
     for module in [module for module in model.modules() if isinstance(module, CompressedExperts)]:
         for parent, child in places[id(module)]:
@@ -175,6 +195,15 @@ def config_of(model: nn.Module) -> QuantizationConfig | None:
     return config if isinstance(config, QuantizationConfig) else None
 
 
+def _tell_transformers(model: nn.Module, config: QuantizationConfig) -> None:
+    """Give a transformers model what ``from_pretrained`` gives a quantized one, so that it saves itself as one."""
+    library = sys.modules.get("transformers")
+    if library is not None and isinstance(model, library.PreTrainedModel):
+        from compressed_format.integrations.quantizer import attach_quantizer
+
+        attach_quantizer(model, config)
+
+
 def _forget_config(model: nn.Module) -> None:
     if hasattr(model, _CONFIG_ATTRIBUTE):
         delattr(model, _CONFIG_ATTRIBUTE)
@@ -216,7 +245,7 @@ def _tied_weights(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {name: tuple(names) for names in owners.values() if len(names) > 1 for name in names}
 
 
-def _announce_broken_ties(model: nn.Module, ties: Mapping[str, tuple[str, ...]], resolution: TargetResolution) -> None:
+def announce_broken_ties(model: nn.Module, ties: Mapping[str, tuple[str, ...]], resolution: TargetResolution) -> None:
     """Say which weights shared by several modules stop being shared, because they are not all quantized alike."""
     embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     for names in dict.fromkeys(ties.values()):
@@ -235,7 +264,7 @@ def _announce_broken_ties(model: nn.Module, ties: Mapping[str, tuple[str, ...]],
             model_config.tie_word_embeddings = False
 
 
-def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+def places_of_modules(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Every (parent, child name) at which each module sits."""
     places: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for parent in model.modules():

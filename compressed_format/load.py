@@ -48,7 +48,7 @@ def load_compressed(
     for problem in problems:
         warnings.warn(str(problem), CompressedFormatWarning, stacklevel=2)
     if model is None:
-        from compressed_format.integrations.transformers import load_pretrained
+        from compressed_format.integrations.pretrained import load_pretrained
 
         loaded = load_pretrained(path, config, dtype=dtype, **from_pretrained)
     else:
@@ -64,7 +64,7 @@ def load_compressed(
 def _fill(model: nn.Module, path: Path, config: QuantizationConfig, dtype: torch.dtype | None) -> nn.Module:
     checkpoint = read_checkpoint(path)
     skeleton = Skeleton(model, config, {name: checkpoint.spec(name) for name in checkpoint})
-    problems = [*skeleton.problems]
+    problems = [*skeleton.problems, *skeleton.zero_point_problems(checkpoint.__getitem__)]
     expected = model.state_dict(keep_vars=True)
     places: dict[int, list[str]] = defaultdict(list)
     for name, value in expected.items():

@@ -18,7 +18,15 @@ from compressed_format.formats.module import check_runnable
 from compressed_format.linear import CompressedEmbedding, CompressedLinear, CompressedModule
 from compressed_format.quantization import QuantizedWeight, group_size_problem, quantize, weight_scales
 
-__all__ = ["check_modules", "compress_module", "compressed_successor", "out_features", "plain_module", "treatment"]
+__all__ = [
+    "check_modules",
+    "compress_module",
+    "compressed_successor",
+    "out_features",
+    "plain_module",
+    "treatment",
+    "value_problems",
+]
 
 _Successor = TypeVar("_Successor", bound=nn.Module)
 
@@ -40,8 +48,10 @@ def treatment(assignment: Assignment) -> tuple[object, ...]:
     return (None if scheme is None else scheme.weights), assignment.format, assignment.sparsity
 
 
-def check_modules(modules: Mapping[str, nn.Module], resolution: TargetResolution) -> None:
+def check_modules(modules: Mapping[str, nn.Module], resolution: TargetResolution, *, values: bool = True) -> None:
     """Raise one error that lists whatever would keep one of ``modules`` from being compressed; none is changed.
+
+    Without ``values``, nothing is looked for in those of the weights, which may be on the meta device.
 
     :class:`UnsupportedFormatError` where a scheme cannot be quantized or run here, else :class:`QuantizationError`.
     Modules with the same problem are counted in one line.
@@ -52,7 +62,7 @@ def check_modules(modules: Mapping[str, nn.Module], resolution: TargetResolution
     for name, module in modules.items():
         assignment = resolution.assignments[name]
         refused = check_runnable(assignment.scheme, assignment.format, assignment.sparsity, name)
-        messages = [] if refused else list(_problems(name, module, assignment))
+        messages = [] if refused else list(_problems(name, module, assignment, values))
         if not refused and not messages:
             kind = treatment(assignment)
             if kind not in rehearsed:
@@ -61,7 +71,9 @@ def check_modules(modules: Mapping[str, nn.Module], resolution: TargetResolution
             if isinstance(error, UnsupportedFormatError):
                 refused = list(error.problems)
             else:
-                found = _value_problems(module, assignment) if error is None else error.problems
+                found = () if error is None else error.problems
+                if error is None and values:
+                    found = value_problems(module, assignment)
                 messages = [problem.message for problem in found]
         for problem in refused:
             unsupported[problem.message].append(name)
@@ -147,7 +159,7 @@ def _succeed(module: nn.Module, successor: _Successor) -> _Successor:
     return successor.train(module.training)
 
 
-def _problems(name: str, module: nn.Module, assignment: Assignment) -> Iterator[str]:
+def _problems(name: str, module: nn.Module, assignment: Assignment, values: bool) -> Iterator[str]:
     """Why ``module`` cannot be replaced, as far as its place, class, scheme and the shape of its weight tell."""
     if not name:
         yield "cannot be replaced in place, for it is the model itself; put it into an nn.Sequential"
@@ -168,7 +180,7 @@ def _problems(name: str, module: nn.Module, assignment: Assignment) -> Iterator[
             "its weight is no parameter, but computed (by a parametrization, weight normalisation or pruning) or gone; "
             "make it a parameter first, or list the module in ignore"
         )
-    elif weight.is_meta or isinstance(weight, nn.UninitializedParameter):
+    elif (values and weight.is_meta) or isinstance(weight, nn.UninitializedParameter):
         yield "its weight is on the meta device or uninitialized and holds no data; load the model first"
     elif not weight.is_floating_point() or weight.element_size() < 2:
         yield f"its weight has dtype {weight.dtype}, expected a float of 16 bits or more"
@@ -233,7 +245,7 @@ def _rehearse(assignment: Assignment) -> CompressedFormatError | None:
     return None
 
 
-def _value_problems(module: nn.Module, assignment: Assignment) -> tuple[Problem, ...]:
+def value_problems(module: nn.Module, assignment: Assignment) -> tuple[Problem, ...]:
     """NaN, infinity and ranges that the dtype cannot hold. It takes one pass and no memory to see that all is well."""
     assert isinstance(module, (nn.Linear, nn.Embedding))
     weight = module.weight.detach()

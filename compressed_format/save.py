@@ -26,7 +26,7 @@ from compressed_format.errors import CheckpointError, CompressedFormatWarning, C
 from compressed_format.linear import compressed_modules
 from compressed_format.renaming import module_names, rename_modules
 
-__all__ = ["save_compressed"]
+__all__ = ["save_compressed", "saved_config"]
 
 # Files of a source folder that hold weights in one way or another; the compressed ones take their place.
 _WEIGHT_SUFFIXES = frozenset(
@@ -53,7 +53,7 @@ def save_compressed(
     Raises :class:`CheckpointExistsError` if ``path`` holds something and ``overwrite`` is not set, and
     :class:`FormatError` if the model holds no compressed module, or one that its config does not describe.
     """
-    config = _saved_config(model)
+    config = saved_config(model)
     names = _checkpoint_names(model)
     # Whoever loads the tensors by the checkpoint's names goes by these in the config too; whoever loads them through
     # transformers, by those of the model.
@@ -75,7 +75,7 @@ def save_compressed(
     )
 
 
-def _saved_config(model: nn.Module) -> QuantizationConfig:
+def saved_config(model: nn.Module) -> QuantizationConfig:
     """The model's config, with ``ignore`` complete; checked against what its modules really are."""
     compressed = compressed_modules(model)
     config = config_of(model)

@@ -7,12 +7,13 @@ are read before the tensors are in place.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from frozendict import frozendict
 from torch import nn
 
+from compressed_format.bitpack import unpack_codes
 from compressed_format.config import (
     FORMAT_VERSION,
     Assignment,
@@ -21,19 +22,19 @@ from compressed_format.config import (
     resolve_targets,
 )
 from compressed_format.dtypes import DTYPES, torch_dtype
-from compressed_format.errors import CompressedFormatWarning, FormatError, Problem, UnsupportedFormatError
+from compressed_format.errors import CompressedFormatWarning, FormatError, Problem
 from compressed_format.formats import SPARSITY_FORMATS, PackQuantized, TensorSpec
 from compressed_format.formats.base import StoredTensor, check_scales, decode_g_idx
-from compressed_format.formats.module import check_runnable, module_tensor_specs
+from compressed_format.formats.module import module_tensor_specs
 from compressed_format.kv_cache import keep_cache_scales
 from compressed_format.linear import CompressedModule, is_of_weight
 from compressed_format.module_compression import compressed_successor, out_features, treatment
 from compressed_format.older_layouts import modernize, without_marlin
+from compressed_format.unserved import refuse_what_cannot_run
 
 __all__ = ["Skeleton", "dtype_misfit"]
 
 _ZERO_POINT_SUFFIXES = frozenset({"weight_zero_point", "input_zero_point", "output_zero_point"})
-_ONLINE_LOCATIONS = frozenset({"input", "output", "k_cache", "q_attn"})
 
 
 class Skeleton:
@@ -62,10 +63,11 @@ class Skeleton:
         self._names = _names_of_modules(model)
         self._twins = _modules_sharing_weights(model, tied)
         self._modules: dict[str, CompressedModule] = {}
+        self._zero_points: dict[str, Assignment] = {}
         resolution = resolve_targets(model, config)
         for problem in resolution.warnings:
             warnings.warn(str(problem), CompressedFormatWarning, stacklevel=4)
-        _refuse_what_cannot_run(model, config, resolution.assignments)
+        refuse_what_cannot_run(model, config, resolution.assignments)
         by_module: dict[str, dict[str, StoredTensor]] = {}
         for name, tensor in stored.items():
             module, _, suffix = name.rpartition(".")
@@ -80,6 +82,25 @@ class Skeleton:
         for name, assignment in without_weight.items():
             self._swap_twin(name, assignment, by_module, resolution.assignments)
         self.packed |= keep_cache_scales(model, by_module, self.explained)
+
+    def zero_point_problems(self, read: Callable[[str], torch.Tensor]) -> list[Problem]:
+        """What is wrong with zero points that are stored where a symmetric scheme has none: those that are not zero.
+
+        ``read`` yields a stored tensor by the model's name for it; it is asked for these only.
+        """
+        problems = []
+        for name, assignment in self._zero_points.items():
+            tensor = read(name)
+            if tensor.dtype == torch.int32 and assignment.scheme is not None and assignment.scheme.weights is not None:
+                bits = assignment.scheme.weights.num_bits
+                rows = self.model.get_submodule(name.rpartition(".")[0])._weight_shape[0]
+                packed = tensor.reshape(-1, tensor.shape[-1]).T.contiguous()
+                if tensor.any() and packed.shape[1] * 32 >= rows * bits:
+                    tensor = unpack_codes(packed, bits, rows)
+            if tensor.to(torch.float32).count_nonzero():
+                message = f"holds zero points that are not zero, but the scheme is symmetric ({assignment.reason})"
+                problems.append(Problem(name, message))
+        return problems
 
     def finish(self, dtype: torch.dtype | None = None) -> None:
         """Check what only the values tell, and re-encode layouts that are read but not run. Call it once, last.
@@ -148,8 +169,9 @@ class Skeleton:
             self._explain(name, assignment, stored, problems)
             return
         for suffix in stored.keys() & _ZERO_POINT_SUFFIXES - specs.keys():
-            # Old releases stored the zero points of symmetric schemes too; they mean nothing.
+            # Old releases stored the zero points of symmetric schemes too; they mean nothing, for they are all zero.
             self.explained.add(f"{name}.{suffix}")
+            self._zero_points[f"{name}.{suffix}"] = assignment
         compressed = compressed_successor(module, tensors, assignment)
         if twin is not None:
             compressed.share_weight(twin)
@@ -275,31 +297,3 @@ def _modules_sharing_weights(model: nn.Module, tied: Mapping[str, str]) -> dict[
 
 def _holds_weight(stored: Mapping[str, StoredTensor]) -> bool:
     return any(is_of_weight(suffix) for suffix in stored)
-
-
-def _refuse_what_cannot_run(
-    model: nn.Module, config: QuantizationConfig, assignments: Mapping[str, Assignment]
-) -> None:
-    problems = []
-    for name, assignment in assignments.items():
-        problems += check_runnable(assignment.scheme, assignment.format, assignment.sparsity, name)
-    attention = {
-        target: group
-        for group, scheme in config.config_groups.items()
-        if scheme.weights is None
-        for target in scheme.targets
-    }
-    for name, module in model.named_modules():
-        target = type(module).__name__
-        if target in attention and "attention" in target.lower():
-            message = f"the group {attention[target]} quantizes attention, which cannot be run yet"
-            problems.append(Problem(name, message))
-    if config.transform_config is not None:
-        for group, transform in config.transform_config.config_groups.items():
-            for apply in transform.apply:
-                if apply.location in _ONLINE_LOCATIONS:
-                    place = f"transform_config.config_groups.{group}"
-                    message = f"an online transform at {apply.location} of {', '.join(apply.targets)} cannot be run yet"
-                    problems.append(Problem(place, message))
-    if problems:
-        raise UnsupportedFormatError("the checkpoint needs what cannot be run correctly here:", problems)

@@ -1,0 +1,215 @@
+"""Dense weights that are compressed while transformers loads them, one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+
+from compressed_format.calibrate import needs_calibration
+from compressed_format.compression import announce_broken_ties, places_of_modules, planned
+from compressed_format.config import Assignment, QuantizationConfig
+from compressed_format.config.experts import ExpertStack
+from compressed_format.errors import CalibrationError, CheckpointError, Problem, QuantizationError
+from compressed_format.expert_compression import (
+    Assignments,
+    compress_experts,
+    dense_stacks,
+    expert_linears,
+    projection_assignments,
+)
+from compressed_format.integrations.transformers import retie
+from compressed_format.linear import CompressedModule
+from compressed_format.module_compression import check_modules, compress_module, treatment, value_problems
+
+__all__ = ["CompressionOnLoad"]
+
+_Stack = tuple[nn.Module, ExpertStack, Assignments]
+
+
+class CompressionOnLoad:
+    """Compresses what ``config`` targets in ``model``, which is on the meta device, weight by weight as they arrive.
+
+    The result is that of :func:`~compressed_format.compress` on the loaded model. ``stored`` holds the names of the
+    checkpoint's tensors, as the model has them. Raises what ``compress`` does, but for what only values tell, which
+    :meth:`finish` raises. Static activation scales need data, and are a :class:`CalibrationError`.
+    """
+
+    def __init__(self, model: Any, config: QuantizationConfig, *, stored: Collection[str]) -> None:
+        self.model = model
+        self.operation = _Compress(self)
+        resolution = planned(model, config)
+        modules = {name: module for name, module in model.named_modules() if name in resolution.assignments}
+        self._left: dict[str, Assignment] = {name: resolution.assignments[name] for name in modules}
+        self._stacks: dict[str, _Stack] = {
+            name: (module, stack, assignments)
+            for name, (module, stack) in dense_stacks(model).items()
+            if (assignments := projection_assignments(name, stack, resolution))
+        }
+        for name, (module, stack, _) in self._stacks.items():
+            linears = expert_linears(module, stack, name)
+            modules |= {name: linear for name, linear in linears.items() if name in resolution.assignments}
+        for name, assignment in resolution.assignments.items():
+            if assignment.scheme is not None and needs_calibration(assignment.scheme):
+                raise CalibrationError(
+                    f"{name} has static activation scales, which need data: load the model without "
+                    "quantization_config=, and call compress(model, config, calibration=...)"
+                )
+        check_modules(modules, resolution, values=False)
+        self._sharing = _sharing(model, stored)
+        ties = {name: names for names in self._sharing.values() if len(names) > 1 for name in names}
+        announce_broken_ties(model, ties, resolution)
+        self._places = places_of_modules(model)
+        self._problems: list[Problem] = []
+        self._taken: list[nn.Module] = []
+
+    def takes(self, name: str) -> bool:
+        """Whether the tensor ``name`` of the dense model becomes part of a compressed module."""
+        module, _, suffix = name.rpartition(".")
+        if module in self._stacks:
+            return self._stacks[module][0]._parameters[suffix] is not None and not suffix.endswith("_bias")
+        return any(place in self._left for place in self._sharing.get(name, ()))
+
+    def element_size(self, name: str, parameter: torch.Tensor) -> float:
+        """How many bytes each element of a dense parameter takes once it is compressed, without its scales."""
+        module, _, suffix = name.rpartition(".")
+        of_stack = self._stacks[module][2].values() if module in self._stacks and self.takes(name) else ()
+        candidates = [self._left.get(module) if suffix == "weight" else None, *of_stack]
+        schemes = [found.scheme.weights for found in candidates if found is not None and found.scheme is not None]
+        return max((args.num_bits / 8 for args in schemes if args is not None), default=float(parameter.element_size()))
+
+    def arrived(self, name: str, tensor: torch.Tensor, missing: set[str]) -> dict[str, torch.Tensor]:
+        """Put compressed modules, still without data, where the dense tensor ``name`` belongs; returns their tensors.
+
+        transformers then puts these where its device map says, the disk included. ``missing`` holds the names that
+        it still waits for.
+        """
+        if name.rpartition(".")[0] in self._stacks:
+            return self._expert_tensors(name, tensor, missing)
+        tensors: dict[str, torch.Tensor] = {}
+        twins: dict[Any, CompressedModule] = {}
+        for place in self._sharing.get(name, ()):
+            missing.discard(f"{place}.weight")
+            assignment = self._left.pop(place, None)
+            module = self.model.get_submodule(place)
+            if assignment is None:
+                tensors[f"{place}.weight"] = tensor
+                continue
+            module._parameters["weight"] = nn.Parameter(tensor, requires_grad=False)
+            wrong = value_problems(module, assignment)
+            self._problems += [Problem(place, problem.message) for problem in wrong]
+            if wrong:
+                tensors[f"{place}.weight"] = tensor
+                continue
+            twin = twins.get(treatment(assignment))
+            compressed = compress_module(module, assignment, {}, place)
+            if twin is None:
+                tensors |= {f"{place}.{suffix}": value for suffix, value in _emptied(compressed)}
+                twins[treatment(assignment)] = compressed
+            else:
+                compressed.share_weight(twin)
+                missing |= {f"{place}.{suffix}" for suffix in compressed._parameters if suffix != "bias"}
+            self._put(module, compressed)
+        retie(self.model)
+        return tensors
+
+    def finish(self) -> None:
+        """Raise what was found while the weights arrived: NaN and the like, and weights that never did."""
+        if self._problems:
+            raise QuantizationError("weights that cannot be compressed:", self._problems)
+        absent = [Problem(f"{name}.weight", _ABSENT) for name in self._left]
+        absent += [Problem(name, _ABSENT) for name in self._stacks]
+        for module in self._taken:
+            bias = module._parameters.get("bias")
+            if bias is not None and not getattr(bias, "_is_hf_initialized", False):
+                name = next(name for name, found in self.model.named_modules() if found is module)
+                absent.append(Problem(f"{name}.bias", "is missing from the checkpoint"))
+        if absent:
+            raise CheckpointError(f"{self.model.config.name_or_path} does not fit the model:", absent)
+
+    def _expert_tensors(self, name: str, tensor: torch.Tensor, missing: set[str]) -> dict[str, torch.Tensor]:
+        """As :meth:`arrived`, for a stack of experts: it is compressed once all of its weights are there."""
+        place, _, suffix = name.rpartition(".")
+        module, stack, assignments = self._stacks[place]
+        missing.discard(name)
+        module._parameters[suffix] = nn.Parameter(tensor, requires_grad=False)
+        if any(
+            self.takes(f"{place}.{other}") and value.is_meta for other, value in module.named_parameters(recurse=False)
+        ):
+            return {}
+        del self._stacks[place]
+        for full_name, linear in expert_linears(module, stack, place).items():
+            assignment = assignments[full_name.rpartition(".")[2]]
+            wrong = () if assignment is None else value_problems(linear, assignment)
+            self._problems += [Problem(full_name, problem.message) for problem in wrong]
+        if self._problems:
+            return {}
+        compressed = compress_experts(module, stack, assignments, place, {})
+        tensors = {
+            f"{place}.{projection}.{suffix}": value
+            for projection in assignments
+            for suffix, value in _emptied(compressed.get_submodule(projection))
+        }
+        self._put(module, compressed)
+        return tensors
+
+    def _put(self, module: nn.Module, compressed: nn.Module) -> None:
+        """``compressed`` in every place of ``module``; its tensors need no initialisation."""
+        for part in compressed.modules():
+            part._is_hf_initialized = True  # type: ignore[assignment]  # a flag of transformers
+        for parent, child in self._places[id(module)]:
+            setattr(parent, child, compressed)
+        self._taken.append(compressed)
+
+
+_ABSENT = "is missing from the checkpoint, and what is random cannot be compressed; list it in ignore"
+
+
+class _Compress(ConversionOps):  # type: ignore[misc]
+    """What transformers applies to each dense tensor that :meth:`CompressionOnLoad.takes`."""
+
+    def __init__(self, compression: CompressionOnLoad) -> None:
+        self.compression = compression
+
+    def convert(
+        self, input_dict: Mapping[str, Any], *args: Any, missing_keys: set[str] | None = None, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        tensors: dict[str, torch.Tensor] = {}
+        for name, value in input_dict.items():
+            tensor = value[0] if isinstance(value, list) else value
+            if self.compression.takes(name):
+                tensors |= self.compression.arrived(name, tensor, set() if missing_keys is None else missing_keys)
+            else:
+                tensors[name] = tensor
+        return tensors
+
+
+def _emptied(compressed: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a compressed module, which then has tensors without data in their place; not its bias."""
+    for suffix, parameter in list(compressed._parameters.items()):
+        if parameter is not None and suffix != "bias":
+            compressed._parameters[suffix] = nn.Parameter(
+                torch.empty_like(parameter, device="meta"), requires_grad=False
+            )
+            yield suffix, parameter.data
+
+
+def _sharing(model: Any, stored: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """For each weight by name: the modules that will have it, which are tied to each other and not stored apart."""
+    modules = {
+        f"{name}.weight": name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Embedding)) and module._parameters.get("weight") is not None
+    }
+    sources = {
+        target: source
+        for target, source in model.all_tied_weights_keys.items()
+        if target in modules and source in modules and not (target in stored and source in stored)
+    }
+    groups: dict[str, list[str]] = {}
+    for weight, name in modules.items():
+        groups.setdefault(sources.get(weight, weight), []).append(name)
+    return {weight: tuple(groups[sources.get(weight, weight)]) for weight in modules}

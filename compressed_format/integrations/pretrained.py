@@ -1,0 +1,86 @@
+"""``load_compressed`` of a Hugging Face folder: transformers' own ``from_pretrained`` with this library's quantizer.
+
+For one call, the config is handed over under a name of our own, so that no global table of transformers changes its
+meaning.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from compressed_format.config import QuantizationConfig
+from compressed_format.errors import CheckpointError, Problem
+from compressed_format.integrations.quantizer import METHOD, misshapen
+
+__all__ = ["load_pretrained"]
+
+
+def load_pretrained(
+    path: Path, config: QuantizationConfig, *, dtype: torch.dtype | None, **from_pretrained: Any
+) -> nn.Module:
+    """Load a Hugging Face folder. ``from_pretrained`` goes to transformers; the rest is :func:`load_compressed`'s."""
+    trust = {key: from_pretrained[key] for key in ("trust_remote_code",) if key in from_pretrained}
+    try:
+        model_config = transformers.AutoConfig.from_pretrained(path, **trust)
+    except (ValueError, OSError) as error:
+        message = f"{path}: transformers cannot tell which model this is ({error}); pass model="
+        raise CheckpointError(message) from error
+    model_config.quantization_config = {**config.to_dict(), "quant_method": METHOD}
+    model_class = _model_class(model_config, from_pretrained)
+    with _quiet_report():
+        model, info = model_class.from_pretrained(
+            path,
+            config=model_config,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            # A misshapen tensor is then reported like every other problem, instead of ending the search for them.
+            ignore_mismatched_sizes=True,
+            **from_pretrained,
+        )
+    quantizer = model.hf_quantizer
+    skeleton = quantizer.skeleton
+    found = dict.fromkeys(sorted(info["missing_keys"]), "is missing from the checkpoint")
+    found |= dict.fromkeys(sorted(info["unexpected_keys"]), "is in the checkpoint, but the model has no such tensor")
+    found |= misshapen(model, quantizer.shapes)
+    for key, stored, expected in info["mismatched_keys"]:
+        found[key] = f"has shape {list(stored)} in the checkpoint, and {list(expected)} in the model"
+    problems = [*skeleton.problems]
+    problems += [Problem(key, message) for key, message in found.items() if key not in skeleton.explained]
+    problems += [Problem("", message) for message in info.get("error_msgs") or ()]
+    if problems:
+        raise CheckpointError(f"{path} does not fit the model {model_class.__name__}:", problems)
+    quantizer.finish(model, dtype)
+    loaded: nn.Module = model
+    return loaded
+
+
+def _model_class(config: Any, from_pretrained: Mapping[str, Any]) -> Any:
+    """The class named in ``architectures``, if transformers has it as a model; else the causal language model."""
+    names = getattr(config, "architectures", None) or []
+    if len(names) == 1 and not from_pretrained.get("trust_remote_code"):
+        found = getattr(transformers, str(names[0]), None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    return transformers.AutoModelForCausalLM
+
+
+@contextmanager
+def _quiet_report() -> Iterator[None]:
+    """Mutes transformers' own table of keys that do not match: :class:`CheckpointError` tells all of them."""
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "distributed.tensor_parallel")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

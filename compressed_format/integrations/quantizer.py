@@ -1,0 +1,328 @@
+"""What transformers calls while ``from_pretrained`` builds, fills and saves a compressed model.
+
+One quantizer serves every way in: :func:`~compressed_format.load_compressed`, which reaches it under a name of our own,
+and plain ``from_pretrained`` once :func:`~compressed_format.enable_transformers` has put it in the place of
+transformers' own. Checkpoints keep saying ``quant_method: "compressed-tensors"``.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationMethod
+
+from compressed_format.checkpoint import read_checkpoint
+from compressed_format.compression import attach_config, decompress
+from compressed_format.config import QuantizationConfig, QuantizationStatus, expand_ignore, resolve_targets
+from compressed_format.errors import CheckpointError, CompressedFormatWarning, Problem
+from compressed_format.formats.base import StoredTensor
+from compressed_format.integrations.compress_on_load import CompressionOnLoad
+from compressed_format.integrations.transformers import checkpoint_names, model_names, retie
+from compressed_format.linear import compressed_modules, is_of_weight
+from compressed_format.renaming import module_names, rename_modules
+from compressed_format.save import saved_config
+from compressed_format.fitting import dtype_misfit
+from compressed_format.skeleton import Skeleton
+
+__all__ = ["METHOD", "CompressedFormatQuantizer", "CompressedTensorsConfig", "attach_quantizer", "misshapen"]
+
+METHOD = "compressed_format"
+"""The name under which ``load_compressed`` asks transformers for the quantizer."""
+
+
+@register_quantization_config(METHOD)
+class CompressedTensorsConfig(transformers.CompressedTensorsConfig):  # type: ignore[misc]
+    """A ``quantization_config`` as transformers carries it; writes itself as it was given, and as compressed-tensors.
+
+    It has the name of transformers' own class because ``from_pretrained`` compares names, and is one of its kind so
+    that ``dequantize=True`` is taken over from an argument. Unlike that, it needs no compressed-tensors.
+    """
+
+    def __init__(self, **content: Any) -> None:
+        # Not that of transformers' class, which has compressed-tensors validate the content.
+        self.quant_method = QuantizationMethod.COMPRESSED_TENSORS
+        if content.get("quant_method") == METHOD:
+            self.quant_method = METHOD
+        self.quantization_config = None
+        self.dequantize = False
+        self.use_optimized_inference = False
+        self._content = {**content, "quant_method": "compressed-tensors"}
+
+    @classmethod
+    def of(cls, given: Any) -> CompressedTensorsConfig:
+        """The config out of anything that ``quantization_config=`` may be given, or a checkpoint has."""
+        if isinstance(given, cls):
+            return given
+        config = cls(**(given if isinstance(given, Mapping) else given.to_dict()))
+        if isinstance(given, transformers.CompressedTensorsConfig):
+            for name, value in given.get_loading_attributes().items():
+                setattr(config, name, value)
+            if config._content.get("format") == "dense":
+                # What that class says when it is given no format.
+                del config._content["format"]
+        return config
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self._content)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+@register_quantizer(METHOD)
+class CompressedFormatQuantizer(HfQuantizer):
+    """Swaps compressed modules into a model before its tensors are loaded, or compresses dense ones as they arrive."""
+
+    requires_calibration = False
+    quantization_config: CompressedTensorsConfig
+
+    def __init__(self, quantization_config: Any, *, pre_quantized: bool = True, **kwargs: Any) -> None:
+        """``quantization_config`` is one of transformers, a mapping or a :class:`QuantizationConfig`."""
+        carried = CompressedTensorsConfig.of(quantization_config)
+        super().__init__(carried, pre_quantized=pre_quantized, **kwargs)
+        if isinstance(quantization_config, QuantizationConfig):
+            self.config = quantization_config
+        else:
+            self.config, problems = QuantizationConfig.from_checkpoint(carried.to_dict())
+            for problem in problems:
+                warnings.warn(str(problem), CompressedFormatWarning, stacklevel=2)
+        if carried.use_optimized_inference:
+            message = "use_optimized_inference means nothing here: compressed modules always run from packed tensors"
+            warnings.warn(message, CompressedFormatWarning, stacklevel=2)
+        # Whoever has asked by our own name lists all problems together with what transformers finds.
+        self.reports_itself = carried.quant_method != METHOD
+        self.skeleton: Skeleton | None = None
+        self.compression: CompressionOnLoad | None = None
+        # The checkpoint's name of each module of the model that holds tensors.
+        self.stored_names: dict[str, str] = {}
+        self.shapes: dict[str, torch.Size] = {}
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        stored: dict[str, StoredTensor] = {}
+        readers: dict[str, Callable[[], torch.Tensor]] = {}
+        for file in checkpoint_files or []:
+            if not self.pre_quantized and not str(file).endswith(".safetensors"):
+                continue
+            checkpoint = read_checkpoint(file)
+            for name in checkpoint:
+                stored[name] = checkpoint.spec(name)
+                readers[name] = lambda name=name, of=checkpoint: of[name]  # type: ignore[misc]
+        names = model_names(model, stored)
+        self.stored_names = module_names({renamed: name for name, renamed in names.items()})
+        if not self.pre_quantized:
+            self.compression = CompressionOnLoad(model, self.config, stored=set(names.values()))
+            return
+        named = {names[name]: tensor for name, tensor in stored.items()}
+        config = rename_modules(self.config, module_names(names), keep=False)
+        if self.reports_itself:
+            heads = _new_heads(model, named)
+            config = config.model_copy(update={"ignore": tuple(dict.fromkeys((*config.ignore, *heads)))})
+        state = model.state_dict()
+        self.skeleton = Skeleton(model, config, named, tied=model.all_tied_weights_keys)
+        retie(model)
+        for name, tensor in named.items():
+            problem = (
+                None if name in self.skeleton.packed or name not in state else dtype_misfit(tensor, state[name].dtype)
+            )
+            if problem is not None and name not in self.skeleton.explained:
+                self.skeleton.problems.append(Problem(name, problem))
+        by_model_name = {renamed: readers[name] for name, renamed in names.items()}
+        self.skeleton.problems += self.skeleton.zero_point_problems(lambda name: by_model_name[name]())
+        if self.reports_itself:
+            problems = [*self.skeleton.problems, *_left_over(model, named, self.skeleton)]
+            _refuse(model, problems)
+        self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        for module in compressed_modules(model).values():
+            module._is_hf_initialized = True
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if self.compression is not None:
+            self.compression.finish()
+            attach_quantizer(model, self.config, quantizer=self)
+            return
+        if self.skeleton is None:
+            return
+        # Compressed modules see to their own tensors; KV-cache scales have been set on plain ones, as trainable.
+        for name, parameter in model.named_parameters():
+            if name in self.skeleton.packed:
+                parameter.requires_grad_(False)
+        if self.reports_itself:
+            found = misshapen(model, self.shapes)
+            _refuse(model, [Problem(name, message) for name, message in found.items()])
+            self.finish(model)
+
+    def finish(self, model: Any, dtype: torch.dtype | None = None) -> None:
+        """Check the values that were loaded, and leave ``model`` as it is saved and run. Call it once, last.
+
+        ``dtype`` becomes that of the compressed modules' weights.
+        """
+        assert self.skeleton is not None
+        self.skeleton.finish(dtype)
+        self.config = self.skeleton.config
+        attach_config(model, self.config)
+        if self.quantization_config.dequantize:
+            decompress(model)
+        else:
+            written = rename_modules(self.config, self.stored_names, keep=True)
+            attach_quantizer(model, self.config, quantizer=self, written=written)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        names = getattr(converter, "target_patterns", None) or []
+        packed = self.skeleton is not None and any(name in self.skeleton.packed for name in names)
+        new: torch.dtype | None = None if packed else super().get_new_dtype(converter, param, dtype)
+        return new
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return self.compression is not None and self.compression.takes(param_name)
+
+    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
+        if self.compression is not None:
+            return self.compression.element_size(param_name, param)
+        return float(param.element_size())
+
+    def get_quantize_ops(self) -> Any:
+        assert self.compression is not None
+        return self.compression.operation
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
+        """Before a model is saved: ``config.json`` is to say what its modules are now, by the checkpoint's names."""
+        if not getattr(model, "_hf_peft_config_loaded", False):
+            written = rename_modules(saved_config(model), _renamed_modules(model), keep=True)
+            model.config.quantization_config = CompressedTensorsConfig(**written.to_dict())
+        return None, {}
+
+    def remove_quantization_config(self, model: Any) -> None:
+        super().remove_quantization_config(model)
+        for module in model.modules():
+            if isinstance(module, transformers.PreTrainedModel):
+                module.config.__dict__.pop("_is_quantized", None)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        return decompress(model) if dtype is None else decompress(model).to(dtype)
+
+    @property
+    def is_trainable(self) -> bool:
+        # By adapters: gradients pass through packed weights. Trainer itself asks that there be some.
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def is_serializable(self) -> bool:
+        return True
+
+
+def attach_quantizer(
+    model: Any,
+    config: QuantizationConfig,
+    *,
+    quantizer: CompressedFormatQuantizer | None = None,
+    written: QuantizationConfig | None = None,
+) -> None:
+    """Make the compressed ``model`` one that transformers knows to be quantized: it trains adapters, and saves itself.
+
+    ``config`` is that of its modules, and ``written`` what stands in the model's own config.
+    """
+    if written is None:
+        ignore = dict.fromkeys((*config.ignore, *expand_ignore(model, resolve_targets(model, config))))
+        changes = {"ignore": tuple(ignore), "quantization_status": QuantizationStatus.COMPRESSED}
+        written = config.model_copy(update=changes)
+    quantizer = quantizer or CompressedFormatQuantizer(config)
+    quantizer.quantization_config = CompressedTensorsConfig(**written.to_dict())
+    attach_config(model, config)
+    retie(model)
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = quantizer.quantization_config.quant_method
+    model.config.quantization_config = quantizer.quantization_config
+    for module in model.modules():
+        if isinstance(module, transformers.PreTrainedModel):
+            module.config._is_quantized = True
+
+
+def misshapen(model: nn.Module, expected: Mapping[str, torch.Size]) -> dict[str, str]:
+    """What was loaded into ``model`` in another shape than it has; releases before 5.23 leave that to quantizers."""
+    return {
+        name: f"has shape {list(tensor.shape)} in the checkpoint, and {list(expected[name])} in the model"
+        for name, tensor in model.state_dict().items()
+        if name in expected and tensor.shape != expected[name]
+    }
+
+
+def _refuse(model: Any, problems: list[Problem]) -> None:
+    if problems:
+        path = Path(model.config.name_or_path)
+        raise CheckpointError(f"{path} does not fit the model {type(model).__name__}:", problems)
+
+
+def _new_heads(model: Any, stored: Iterable[str]) -> list[str]:
+    """Layers outside the base model that a checkpoint of another class cannot have: transformers initialises them."""
+    classes = getattr(model.config, "architectures", None) or [type(model).__name__]
+    if type(model).__name__ in classes or not model.base_model_prefix:
+        return []
+    modules = {name.rpartition(".")[0] for name in stored}
+    tied = {name.rpartition(".")[0] for name in model.all_tied_weights_keys}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Embedding))
+        and not f"{name}.".startswith(f"{model.base_model_prefix}.")
+        and name not in modules | tied
+    ]
+
+
+def _left_over(model: Any, stored: Mapping[str, StoredTensor], skeleton: Skeleton) -> Iterator[Problem]:
+    """Packed tensors that nothing in ``model`` takes although their module is there, and biases that are missing.
+
+    Of what is not compressed, transformers itself tells.
+    """
+    state = model.state_dict()
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    for name in stored:
+        module, _, suffix = name.rpartition(".")
+        packed = (is_of_weight(suffix) and suffix.startswith("weight_")) or suffix in ("compressed", "bitmask")
+        known = name in state or name in skeleton.explained or any(pattern.search(name) for pattern in ignored)
+        if packed and not known and _has_place(model, module):
+            message = f"is in the checkpoint, but no target of the config reaches {module}, which would stay random"
+            yield Problem(name, message)
+    for name, compressed in compressed_modules(model).items():
+        if compressed._parameters.get("bias") is not None and f"{name}.bias" not in stored:
+            yield Problem(f"{name}.bias", "is missing from the checkpoint")
+
+
+def _has_place(model: Any, name: str) -> bool:
+    """Whether ``model`` has the module ``name``, or one that holds its weight among others'; not a layer too few."""
+    while name:
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            name = name.rpartition(".")[0]
+            continue
+        return not isinstance(module, (nn.ModuleList, transformers.PreTrainedModel))
+    return False
+
+
+def _renamed_modules(model: Any) -> dict[str, str]:
+    state = model.state_dict()
+    return module_names(checkpoint_names(model, state))
