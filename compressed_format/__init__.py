@@ -33,6 +33,8 @@ _EXPORTS = {
     "compress": "compression",
     "decompress": "compression",
     "dequantize": "quantization",
+    "disable_transformers": "takeover",
+    "enable_transformers": "takeover",
     "load_compressed": "load",
     "quantize": "quantization",
     "resolve_targets": "config",
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
     from compressed_format.ops import backend_info
     from compressed_format.quantization import QuantizedWeight, dequantize, quantize
     from compressed_format.save import save_compressed
+    from compressed_format.takeover import disable_transformers, enable_transformers
 
 
 def __getattr__(name: str) -> Any:

@@ -40,6 +40,8 @@ NAMES = {
     "compress",
     "decompress",
     "dequantize",
+    "disable_transformers",
+    "enable_transformers",
     "load_compressed",
     "quantize",
     "resolve_targets",
