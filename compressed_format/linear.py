@@ -199,6 +199,8 @@ class CompressedModule(nn.Module):
         # `weight` (and dequantize it to do so).
         parameters = self.__dict__.get("_parameters", {})
         held = parameters.get(name)
+        if name != "bias" and held is not None and isinstance(value, nn.Parameter):
+            _refuse_cast(f"{type(self).__name__}.{name}", held, value)
         if name == "weight" and not _replaces(value, held):
             raise AttributeError(
                 f"{type(self).__name__}.weight is computed from the packed tensors and cannot be set; "
@@ -206,12 +208,6 @@ class CompressedModule(nn.Module):
             )
         if isinstance(value, nn.Parameter) and name in parameters:
             if name != "bias":
-                if held is not None and held.dtype != value.dtype and (is_split(held) or is_split(value)):
-                    raise UnsupportedFormatError(
-                        f"{type(self).__name__}.{name} would be cast from {held.dtype} to {value.dtype} while it is "
-                        "gathered; shard compressed modules without mixed precision: call fully_shard on each of them, "
-                        "with the default mp_policy, before the modules that contain them"
-                    )
                 value.requires_grad_(False)
             parameters[name] = value
             return
@@ -382,6 +378,15 @@ def _name_of_codes(tensors: Collection[str]) -> str:
 def is_split(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a ``DTensor``, told without importing what defines it."""
     return hasattr(tensor, "device_mesh")
+
+
+def _refuse_cast(place: str, held: torch.Tensor, value: torch.Tensor) -> None:
+    if held.dtype != value.dtype and (is_split(held) or is_split(value)):
+        raise UnsupportedFormatError(
+            f"{place} would be cast from {held.dtype} to {value.dtype} as it is gathered; shard compressed modules "
+            "without mixed precision: call fully_shard on each of them, with an mp_policy that has no param_dtype, "
+            "before it is called on the modules that contain them"
+        )
 
 
 def _refuse_parts(module: CompressedModule, tensors: Iterable[torch.Tensor | None]) -> None:

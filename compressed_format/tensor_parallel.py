@@ -341,16 +341,16 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor that is split between processes, which must all ask for it; a plain tensor is that itself."""
     if not isinstance(tensor, DTensor):
         return tensor
-    tensor = tensor.detach()
-    if tensor.dtype != torch.float8_e4m3fn:
-        return tensor.full_tensor()
-    # As bytes, because not every backend knows every dtype.
-    parts = tensor.to_local().view(torch.uint8)
-    shape, stride = tensor.shape, tensor.stride()
-    whole = DTensor.from_local(
-        parts, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride
-    )
-    return whole.full_tensor().view(tensor.dtype)
+    split: Any = tensor.detach()
+    if split.dtype == torch.float8_e4m3fn:
+        # As bytes, because not every backend knows every dtype.
+        parts = split.to_local().view(torch.uint8)
+        shape, stride = split.shape, split.stride()
+        split = DTensor.from_local(
+            parts, split.device_mesh, split.placements, run_check=False, shape=shape, stride=stride
+        )
+    whole: torch.Tensor = split.full_tensor()
+    return whole.view(tensor.dtype)
 
 
 def local_tensors(module: CompressedModule) -> dict[str, torch.Tensor]:
