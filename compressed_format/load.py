@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections import Counter, defaultdict
@@ -13,9 +14,12 @@ import torch
 from torch import nn
 
 from compressed_format.checkpoint import TensorSpec, read_checkpoint
-from compressed_format.compression import attach_config
+from compressed_format.compression import attach_config, config_of
 from compressed_format.config import QuantizationConfig
+from compressed_format.config.json_text import parse_json, read_bytes
+from compressed_format.dtypes import torch_dtype
 from compressed_format.errors import CheckpointError, CompressedFormatWarning, Problem
+from compressed_format.model_origin import diffusers_class_name
 from compressed_format.skeleton import Skeleton, dtype_misfit
 
 __all__ = ["load_compressed"]
@@ -33,10 +37,11 @@ def load_compressed(
     """Load the checkpoint folder ``path``; its weights stay packed, in memory and while they run.
 
     Without ``model``, transformers builds the architecture that ``config.json`` names, and ``from_pretrained`` goes
-    to its ``from_pretrained``. With ``model``, that module is filled and returned; it may have been built on the meta
-    device. ``dtype`` is that of everything uncompressed and of activations (default: as stored); codes and scales
-    stay as they are in the file. On the CPU, tensors are mapped, not copied. ``allow_unknown`` reads a config whose
-    groups have keys with values that nobody here knows; without it they are errors.
+    to its ``from_pretrained``. Where ``config.json`` has a ``_class_name``, as in the folders of a pipeline, diffusers
+    builds it, and takes nothing further. With ``model``, that module is filled and returned; it may have been built on
+    the meta device. ``dtype`` is that of everything uncompressed and of activations (default: as stored); codes and
+    scales stay as they are in the file. On the CPU, tensors are mapped, not copied. ``allow_unknown`` reads a config
+    whose groups have keys with values that nobody here knows; without it they are errors.
 
     Raises :class:`CheckpointError` with every missing, unexpected, misshapen or mistyped tensor;
     :class:`UnsupportedFormatError` for what could not be run correctly, by feature and module; :class:`ConfigError`
@@ -47,21 +52,56 @@ def load_compressed(
     config, problems = QuantizationConfig.from_checkpoint(path, allow_unknown=allow_unknown)
     for problem in problems:
         warnings.warn(str(problem), CompressedFormatWarning, stacklevel=2)
-    if model is None:
+    content = _config_content(path) if model is None else {}
+    if model is None and diffusers_class_name(content) is None:
         from compressed_format.integrations.pretrained import load_pretrained
 
         loaded = load_pretrained(path, config, dtype=dtype, **from_pretrained)
     else:
         if from_pretrained:
             unused = ", ".join(sorted(from_pretrained))
-            raise TypeError(
-                f"load_compressed got {unused}, which only transformers' from_pretrained takes, with model="
-            )
-        loaded = _fill(model, path, config, dtype)
+            reason = "with model=" if model is not None else "and this is a model of diffusers"
+            raise TypeError(f"load_compressed got {unused}, which only transformers' from_pretrained takes, {reason}")
+        loaded = _load_diffusers(path, content, config, dtype) if model is None else _fill(model, path, config, dtype)
     return loaded if device is None else loaded.to(device)
 
 
-def _fill(model: nn.Module, path: Path, config: QuantizationConfig, dtype: torch.dtype | None) -> nn.Module:
+def _config_content(path: Path) -> Any:
+    """What the ``config.json`` of a folder holds, if there is one."""
+    file = path / "config.json"
+    return parse_json(read_bytes(file), str(file)) if file.is_file() else {}
+
+
+def _load_diffusers(path: Path, content: Any, config: QuantizationConfig, dtype: torch.dtype | None) -> nn.Module:
+    try:
+        from compressed_format.integrations import diffusers
+    except ImportError as error:
+        message = (
+            f"names {diffusers_class_name(content)}, a model of diffusers, which cannot be imported ({error}): "
+            "install diffusers, or pass model="
+        )
+        raise CheckpointError(problems=[Problem(f"{path / 'config.json'}: _class_name", message)]) from error
+    checkpoint = read_checkpoint(path)
+    uncompressed = [checkpoint.spec(name) for name in checkpoint if not name.endswith("_scale")]
+    usual = _usual_dtype((torch_dtype(spec.dtype), math.prod(spec.shape)) for spec in uncompressed)
+    model = diffusers.build(content, path, dtype or usual)
+    in_float32 = getattr(model, "_keep_in_fp32_modules", None) or ()
+    loaded = _fill(model, path, config, dtype, in_float32=frozenset(in_float32))
+    diffusers.attach(loaded, config_of(loaded) or config)
+    return loaded
+
+
+def _fill(
+    model: nn.Module,
+    path: Path,
+    config: QuantizationConfig,
+    dtype: torch.dtype | None,
+    *,
+    in_float32: frozenset[str] = frozenset(),
+) -> nn.Module:
+    """Put the tensors of ``path`` into ``model``. What ``dtype`` would change becomes float32 instead where a part of
+    the tensor's name is one of ``in_float32``.
+    """
     checkpoint = read_checkpoint(path)
     skeleton = Skeleton(model, config, {name: checkpoint.spec(name) for name in checkpoint})
     problems = [*skeleton.problems, *skeleton.zero_point_problems(checkpoint.__getitem__)]
@@ -98,13 +138,16 @@ def _fill(model: nn.Module, path: Path, config: QuantizationConfig, dtype: torch
         name for name, tensor in loaded.items() if tensor.is_floating_point() and name not in skeleton.packed
     ]
     if dtype is not None:
-        loaded |= {name: loaded[name].to(dtype) for name in uncompressed}
+        for name in uncompressed:
+            exempt = not in_float32.isdisjoint(name.split("."))
+            loaded[name] = loaded[name].to(torch.float32 if exempt else dtype)
     for names in places.values():
         tensor = next((loaded[name] for name in names if name in loaded), None)
         if tensor is not None:
             _assign(model, names, tensor)
     # Where nothing is uncompressed, scales tell the dtype of the model they were found in.
-    usual = _usual_dtype(loaded[name] for name in uncompressed) or _usual_dtype(loaded.values())
+    sizes = {name: (tensor.dtype, tensor.numel()) for name, tensor in loaded.items()}
+    usual = _usual_dtype(sizes[name] for name in uncompressed) or _usual_dtype(sizes.values())
     skeleton.finish(dtype or usual)
     attach_config(model, skeleton.config)
     return model
@@ -119,12 +162,12 @@ def _misfit(stored: TensorSpec, value: Any, *, packed: bool) -> str | None:
     return None if packed else dtype_misfit(stored, value.dtype)
 
 
-def _usual_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype | None:
-    """The dtype of most of the floats of 16 bits and more, or None where there are none."""
+def _usual_dtype(sizes: Iterable[tuple[torch.dtype, int]]) -> torch.dtype | None:
+    """The dtype of most of the floats of 16 bits and more, of which ``sizes`` says how many; None without any."""
     counts: Counter[torch.dtype] = Counter()
-    for tensor in tensors:
-        if tensor.is_floating_point() and tensor.dtype.itemsize >= 2:
-            counts[tensor.dtype] += tensor.numel()
+    for dtype, size in sizes:
+        if dtype.is_floating_point and dtype.itemsize >= 2:
+            counts[dtype] += size
     return counts.most_common(1)[0][0] if counts else None
 
 

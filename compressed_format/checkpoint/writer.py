@@ -45,7 +45,8 @@ def write_checkpoint(
     (an integer, or such as ``"5GB"`` or ``"1GiB"``; a larger tensor gets a shard of its own) with an index. They are
     read one at a time, so a mapping may make each on demand; it is asked twice, once for dtypes and shapes.
     ``files`` gives the content, or a file to copy, for each further name, such as ``config.json`` or ``code/x.py``.
-    ``metadata`` is written into each shard; ``stem`` takes the place of ``model`` in the names of files. The same arguments give the same bytes.
+    ``metadata`` is written into each shard; ``stem`` takes the place of ``model`` in the names of files. The same
+    arguments give the same bytes.
 
     A destination that holds anything is refused unless ``overwrite`` is true, and then replaced as a whole, with
     all that is in it; tensors that are mapped from it stay valid. ``progress`` is called with the bytes of tensors

@@ -18,6 +18,7 @@ __all__ = ["config_of_checkpoint"]
 _Config = TypeVar("_Config", bound=QuantizationConfig)
 
 _FILES = ("config.json", "params.json")
+_PIPELINE_FILE = "model_index.json"
 _SIGNS = ("config_groups", "quant_method", "sparsity_config", "transform_config", "kv_cache_scheme")
 _SUBSTANCE = ("sparsity_config", "transform_config", "kv_cache_scheme")
 
@@ -58,7 +59,10 @@ def _config_file(source: Any, report: Report) -> Path:
     except (OSError, ValueError, TypeError) as error:  # TypeError: a path of bytes
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(problems=[Problem(show(str(source)), f"cannot be read: {reason}")]) from error
-    raise CheckpointError(problems=[Problem(str(path), f"holds neither {' nor '.join(_FILES)}")])
+    message = f"holds neither {' nor '.join(_FILES)}"
+    if (path / _PIPELINE_FILE).is_file():
+        message += f", but {_PIPELINE_FILE}: it is a whole pipeline, whose models are in folders of their own"
+    raise CheckpointError(problems=[Problem(str(path), message)])
 
 
 def _find(content: Any, report: Report) -> Any:

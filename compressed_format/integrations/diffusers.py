@@ -7,6 +7,7 @@ any other module. What they are saved as is named the way pipelines look for it.
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import diffusers
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
-from diffusers.hooks import HookRegistry
+from diffusers.hooks.hooks import HookRegistry
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -28,10 +29,7 @@ from compressed_format.errors import CheckpointError, Problem
 from compressed_format.linear import CompressedModule
 from compressed_format.model_origin import diffusers_class_name
 
-__all__ = ["FILE_STEM", "attach", "build", "config_content", "detach", "source_folder"]
-
-FILE_STEM = "diffusion_pytorch_model"
-"""How the names of files of tensors begin: pipelines look for ``diffusion_pytorch_model.safetensors`` alone."""
+__all__ = ["attach", "build", "config_content", "detach", "source_folder"]
 
 
 def build(content: Mapping[str, Any], path: Path, dtype: torch.dtype | None) -> nn.Module:
@@ -69,7 +67,7 @@ def attach(model: Any, config: QuantizationConfig) -> None:
 def detach(model: Any) -> None:
     """Undo :func:`attach`."""
     kept = {key: value for key, value in model.config.items() if key != "quantization_config"}
-    model._internal_dict = FrozenDict(kept)
+    model._internal_dict = FrozenDict(kept)  # type: ignore[no-untyped-call]
     if isinstance(getattr(model, "_diffusers_hook", None), _DtypeRegistry):
         del model._diffusers_hook
 
@@ -87,7 +85,7 @@ def source_folder(model: Any) -> Path | None:
     diffusers may have noted that of the whole pipeline instead, whose other files are not the model's.
     """
     name = model.config.get("_name_or_path")
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, (str, os.PathLike)) or not name:
         return None
     file = Path(name) / "config.json"
     if not file.is_file():
@@ -96,7 +94,7 @@ def source_folder(model: Any) -> Path | None:
     return file.parent if is_its_own else None
 
 
-class _DtypeRegistry(HookRegistry):  # type: ignore[misc]  # untyped
+class _DtypeRegistry(HookRegistry):
     """The hooks of a model, which also say in which dtype it computes.
 
     diffusers takes the dtype of the first float among the parameters for the model's. With packed weights, that may be
@@ -116,10 +114,12 @@ def _computing_dtype(model: nn.Module) -> torch.dtype | None:
     spared = getattr(model, "_keep_in_fp32_modules", None) or ()
     for name, module in model.named_modules():
         if isinstance(module, CompressedModule):
-            return module.dtype
+            dtype: torch.dtype = module.dtype
+            return dtype
         for suffix, parameter in module.named_parameters(recurse=False):
             if parameter.is_floating_point() and not any(part in f"{name}.{suffix}" for part in spared):
-                return parameter.dtype
+                own: torch.dtype = parameter.dtype
+                return own
     return None
 
 
@@ -128,7 +128,8 @@ def _exported_model(name: str | None) -> Any:
     if name is None or not name[:1].isupper() or name not in dir(diffusers.models):
         return None
     found = getattr(diffusers.models, name)
-    return found if isinstance(found, type) and issubclass(found, ModelMixin) else None
+    is_model = isinstance(found, type) and issubclass(found, ModelMixin) and found is not ModelMixin
+    return found if is_model else None
 
 
 @contextmanager
@@ -141,7 +142,8 @@ def _parameters_on_meta() -> Iterator[None]:
             return None
         return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
 
-    handle = register_module_parameter_registration_hook(without_memory)
+    register: Any = register_module_parameter_registration_hook  # typed as if the hook could return nothing
+    handle = register(without_memory)
     try:
         yield
     finally:
