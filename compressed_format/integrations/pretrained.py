@@ -33,6 +33,13 @@ def load_pretrained(
     except (ValueError, OSError) as error:
         message = f"{path}: transformers cannot tell which model this is ({error}); pass model="
         raise CheckpointError(message) from error
+    # It may have been found in either of the two other places, which would be written again as they are.
+    for owner, key in (
+        (model_config, "compression_config"),
+        (getattr(model_config, "text_config", None), "quantization_config"),
+    ):
+        if owner is not None and key in vars(owner):
+            delattr(owner, key)
     model_config.quantization_config = {**config.to_dict(), "quant_method": METHOD}
     model_class = _model_class(model_config, from_pretrained)
     with _quiet_report():
@@ -63,12 +70,18 @@ def load_pretrained(
 
 
 def _model_class(config: Any, from_pretrained: Mapping[str, Any]) -> Any:
-    """The class named in ``architectures``, if transformers has it as a model; else the causal language model."""
+    """The class named in ``architectures``, if transformers has it as a model; else the causal language model of the
+    config, or whatever writes text from other things."""
     names = getattr(config, "architectures", None) or []
     if len(names) == 1 and not from_pretrained.get("trust_remote_code"):
         found = getattr(transformers, str(names[0]), None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
+    if not from_pretrained.get("trust_remote_code"):
+        writers = (transformers.AutoModelForImageTextToText, transformers.AutoModelForSeq2SeqLM)
+        for auto in (transformers.AutoModelForCausalLM, *writers):
+            if type(config) in auto._model_mapping:
+                return auto
     return transformers.AutoModelForCausalLM
 
 
