@@ -35,9 +35,9 @@ def enable() -> AbstractContextManager[None]:
 def disable() -> None:
     """See :func:`compressed_format.disable_transformers`."""
     for table, entries in _tables().items():
-        if entries.get(_NAME) not in (_quantizer, CompressedTensorsConfig):
+        if not _found or entries.get(_NAME) not in (_quantizer, CompressedTensorsConfig):
             continue  # nothing was changed, or somebody else has changed it since
-        if _found.get(table) is None:
+        if _found[table] is None:
             del entries[_NAME]
         else:
             entries[_NAME] = _found[table]
