@@ -60,8 +60,9 @@ def fake_quantize_activations(
     """Round activations ``[..., n]`` to codes and back; ``round(clamp(x / scale + zero_point))``, ties to even.
 
     ``scale`` and ``zero_point`` are the static ones: ``[1]``, or ``[n / group_size]``; with ``input``'s leading
-    dimensions in front where tokens differ, as those of different experts do. Without ``scale``, both are found from the values by the formulas of weights, in the dtype of ``input``. ``group_size`` is the number of values
-    that share one: :data:`WHOLE_TENSOR`, :data:`WHOLE_TOKEN`, or so many along the last dimension. The result has the
+    dimensions in front where tokens differ, as those of different experts do. Without ``scale``, both are found from
+    the values by the formulas of weights, in the dtype of ``input``. ``group_size`` is the number of values that share
+    one: :data:`WHOLE_TENSOR`, :data:`WHOLE_TOKEN`, or so many along the last dimension. The result has the
     dtype and shape of ``input``.
     """
     if input.numel() == 0:

@@ -6,7 +6,7 @@ What transformers stacks has one of several layouts: gate above up or row by row
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch import nn
 
 from compressed_format.config import Assignment, CompressionFormat, TargetResolution
 from compressed_format.config.experts import ExpertStack, expert_stack
-from compressed_format.errors import Problem, TargetError
+from compressed_format.errors import Problem, QuantizationError, TargetError, UnsupportedFormatError
 from compressed_format.experts import CompressedExpertLinear, CompressedExperts, compressed_experts_class, stack_tensors
 from compressed_format.module_compression import compress_module, treatment
+from compressed_format.offloading import hand_over, is_offloaded, original_forward
 
 __all__ = [
     "compress_experts",
@@ -27,6 +28,8 @@ __all__ = [
     "observable_experts",
     "plain_experts",
     "projection_assignments",
+    "projection_shape",
+    "stacked_weight",
 ]
 
 Assignments = Mapping[str, Assignment | None]
@@ -72,6 +75,9 @@ def projection_assignments(name: str, stack: ExpertStack, resolution: TargetReso
 
 def expert_linears(module: nn.Module, stack: ExpertStack, name: str) -> dict[str, nn.Linear]:
     """Every projection of every expert as a Linear of its own, whose weight is a view of the stack's."""
+    if original_forward(module) is not type(module).forward:
+        message = "its forward has been replaced on the object itself, which compressed experts would lose"
+        raise QuantizationError(problems=[Problem(name, f"{message}; list them in ignore")])
     linears = {}
     for expert, projection, full_name in stack.names(name):
         weight = _view(module, projection, expert)
@@ -142,22 +148,37 @@ def compressed_stack(
         compressed._modules[name] = projection.train(module.training)
     compressed.expert_stack = stack
     assert isinstance(compressed, CompressedExperts)
+    hand_over(module, compressed, type(module).__name__)
     return compressed
 
 
 def plain_experts(module: CompressedExperts) -> nn.Module:
-    """The stack that compressed experts were made of, with dequantized weights."""
+    """The stack that compressed experts were made of, with dequantized weights.
+
+    Raises :class:`UnsupportedFormatError` for experts that accelerate has offloaded.
+    """
+    if any(is_offloaded(projection) for projection in module.children()):
+        message = "its tensors are offloaded by accelerate; load the model without offloading to decompress its experts"
+        raise UnsupportedFormatError(problems=[Problem(type(module).__name__, message)])
     plain = _alike(module, type(module).__mro__[2])
     del plain.__dict__["expert_stack"]
     dense = {name: plain._modules.pop(name).dequantized_weight() for name in module.expert_stack.projections}
-    up = dense["up_proj"]
-    if module.has_gate:
-        both = (dense["gate_proj"], up)
-        up = torch.cat(both, 1) if module.is_concatenated else torch.stack(both, 2).flatten(1, 2)
-    for name, weight in zip(_weight_names(module), (up, dense["down_proj"]), strict=True):
-        weight = weight.mT.contiguous() if module.is_transposed else weight
-        plain._parameters[name] = nn.Parameter(weight)
+    up = [dense[name] for name in module.expert_stack.projections if name != "down_proj"]
+    for name, parts in zip(_weight_names(module), (up, [dense["down_proj"]]), strict=True):
+        plain._parameters[name] = nn.Parameter(stacked_weight(module, parts))
     return plain
+
+
+def stacked_weight(module: nn.Module, projections: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The parameter of the stack ``module`` that holds weights ``[E, O, I]``, of one projection or of gate and up."""
+    weight = projections[0]
+    if len(projections) > 1:
+        weight = (
+            torch.cat(list(projections), 1)
+            if module.is_concatenated
+            else torch.stack(list(projections), 2).flatten(1, 2)
+        )
+    return weight.mT.contiguous() if module.is_transposed else weight
 
 
 @contextmanager
@@ -188,13 +209,22 @@ def observable_experts(
         original = module.forward
         return forward
 
+    before = {name: module.__dict__.get("forward") for name, (module, _) in stacks.items()}
     try:
         for name, (module, stack) in stacks.items():
             module.forward = watched(name, module, stack)
         yield
     finally:
-        for module, _ in stacks.values():
+        for name, (module, _) in stacks.items():
             module.__dict__.pop("forward", None)
+            if before[name] is not None:
+                module.__dict__["forward"] = before[name]
+
+
+def projection_shape(module: nn.Module, projection: str) -> tuple[int, int]:
+    """The shape ``[O, I]`` of one projection's weight in a stack that is not compressed yet."""
+    rows, columns = _view(module, projection, 0).shape
+    return rows, columns
 
 
 def _weight_names(module: nn.Module) -> tuple[str, str]:
@@ -221,4 +251,6 @@ def _alike(module: nn.Module, kind: type[nn.Module]) -> Any:
     new.__dict__.update(module.__dict__)
     for parts in ("_parameters", "_buffers", "_modules"):
         new.__dict__[parts] = dict(module.__dict__[parts])
+    for replaced in ("forward", "_old_forward", "_hf_hook"):
+        new.__dict__.pop(replaced, None)  # these are bound to the other module
     return new

@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from frozendict import frozendict
 from torch import nn
 
 from compressed_format import ops
@@ -19,10 +20,19 @@ from compressed_format.activations import WHOLE_TENSOR, activation_scale
 from compressed_format.bitmask import bytes_of
 from compressed_format.config import CompressionFormat, QuantizationScheme
 from compressed_format.config.experts import ExpertStack
-from compressed_format.linear import CompressedModule
+from compressed_format.linear import CompressedModule, compressed_modules
+from compressed_format.offloading import offloaded_state, onloaded
 from compressed_format.quantization import QuantizedWeight
 
-__all__ = ["CompressedExpertLinear", "CompressedExperts", "compressed_experts_class", "expert_tensors", "stack_tensors"]
+__all__ = [
+    "CompressedExpertLinear",
+    "CompressedExperts",
+    "compressed_experts_class",
+    "expert_tensors",
+    "stack_tensors",
+    "stored_modules",
+    "unstacked_state",
+]
 
 
 class CompressedExpertLinear(CompressedModule):
@@ -83,14 +93,28 @@ class CompressedExpertLinear(CompressedModule):
         routed = experts.clamp(max=self.num_experts - 1)
         return ops.fake_quantize(values, _rows(scale, routed), _rows(zero_point, routed), *arguments)
 
-    def expert(self, index: int) -> dict[str, torch.Tensor]:
-        """The tensors of one expert, by suffix, as a file holds them."""
-        tensors = {name: value.data for name, value in self._parameters.items() if value is not None}
-        return expert_tensors(tensors, index)
+    def checkpoint_parts(
+        self, name: str, given: Mapping[str, torch.Tensor] = frozendict()
+    ) -> dict[str, dict[str, torch.Tensor]]:
+        """The tensors of each expert, which a checkpoint names ``<stack>.<expert>.<projection>``.
+
+        ``given`` are taken in place of the module's own.
+        """
+        stack, _, projection = name.rpartition(".")
+        tensors = {suffix: value.data for suffix, value in self._parameters.items() if value is not None}
+        return {
+            f"{stack}.{expert}.{projection}": expert_tensors({**tensors, **given}, expert)
+            for expert in range(self.num_experts)
+        }
+
+    @staticmethod
+    def join_parts(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """The tensors of all experts, stacked."""
+        return {suffix: stack_tensors(suffix, [part[suffix] for part in parts]) for suffix in parts[0]}
 
     def quantized_weight(self) -> QuantizedWeight:
         """The weights ``[E, O, I]`` as codes, scales and zero points, checked as strictly as when a file is decoded."""
-        found = [self._decoded(self.expert(index)) for index in range(self.num_experts)]
+        found = [self._decoded(tensors) for tensors in self.checkpoint_parts("").values()]
         stacked = {
             name: None if getattr(found[0], name) is None else torch.stack([getattr(one, name) for one in found])
             for name in ("codes", "scale", "zero_point", "global_scale", "g_idx")
@@ -118,6 +142,8 @@ class CompressedExperts(nn.Module):
     """
 
     expert_stack: ExpertStack
+    # transformers initialises a module by its class, and would look for the weights that are gone.
+    _is_hf_initialized = True
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -173,7 +199,7 @@ def expert_tensors(tensors: Mapping[str, torch.Tensor], expert: int) -> dict[str
 
 
 def stack_tensors(suffix: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One tensor of all experts, stacked; values without zeros are padded where there are more in some than in others."""
+    """One tensor of all experts, stacked; values without zeros are padded to the most that an expert has."""
     longest = max(tensor.shape[0] for tensor in tensors) if suffix == "compressed" else 0
     if suffix == "compressed" and any(tensor.shape[0] != longest for tensor in tensors):
         stacked = tensors[0].new_zeros((len(tensors), longest))
@@ -183,7 +209,7 @@ def stack_tensors(suffix: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack(list(tensors))
 
 
-_SET_BITS = torch.tensor([bin(byte).count("1") for byte in range(256)], device="cpu")
+_SET_BITS = torch.tensor([byte.bit_count() for byte in range(256)], device="cpu")
 
 
 def _range_of_experts(values: torch.Tensor, experts: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,3 +227,35 @@ def _rows(values: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | No
         return None
     picked = bytes_of(values)[index]
     return picked.view(values.dtype)
+
+
+def stored_modules(model: nn.Module) -> dict[str, CompressedModule]:
+    """Every compressed module of ``model`` by the name that a checkpoint has for it; experts are named one by one."""
+    found: dict[str, CompressedModule] = {}
+    for name, module in compressed_modules(model).items():
+        if not isinstance(module, CompressedExpertLinear):
+            found[name] = module
+            continue
+        stack, _, projection = name.rpartition(".")
+        found |= {f"{stack}.{expert}.{projection}": module for expert in range(module.num_experts)}
+    return found
+
+
+def unstacked_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict with each shared tensor once, and those of experts one by one:
+    ``<stack>.<expert>.<projection>.<suffix>``."""
+    state: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    experts = {name: module for name, module in model.named_modules() if isinstance(module, CompressedExpertLinear)}
+    for name, tensor in offloaded_state(model, model.state_dict(keep_vars=True)).items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        place, _, suffix = name.rpartition(".")
+        if place in experts:
+            with onloaded(experts[place], place):
+                parts = experts[place].checkpoint_parts(place)
+            state |= {f"{stored}.{suffix}": tensors[suffix] for stored, tensors in parts.items()}
+        else:
+            state[name] = tensor
+    return state

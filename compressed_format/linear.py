@@ -6,7 +6,8 @@ They are not trainable. ``module.weight`` dequantizes when a value of it is aske
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol
 from weakref import WeakValueDictionary
@@ -17,9 +18,10 @@ from torch import nn
 from compressed_format import ops
 from compressed_format.activations import activation_group_size
 from compressed_format.config import CompressionFormat, QuantizationArgs, QuantizationScheme, QuantizationType
-from compressed_format.errors import UnsupportedFormatError
+from compressed_format.errors import Problem, UnsupportedFormatError
 from compressed_format.formats import SPARSITY_FORMATS, format_named
 from compressed_format.lazy_weight import LazyWeight
+from compressed_format.offloading import means_parameter
 from compressed_format.quantization import QuantizedWeight, block_shape
 
 __all__ = ["CompressedEmbedding", "CompressedLinear", "CompressedModule", "compressed_modules", "is_of_weight"]
@@ -40,6 +42,8 @@ class SplitWeight(Protocol):
     def linear(self, module: CompressedModule, input: torch.Tensor) -> torch.Tensor: ...
 
     def embedding(self, module: CompressedModule, indices: torch.Tensor) -> torch.Tensor: ...
+
+    def problems(self, module: CompressedModule, version: str | None, place: str) -> list[Problem]: ...
 
 
 class CompressedModule(nn.Module):
@@ -86,6 +90,9 @@ class CompressedModule(nn.Module):
         """
         if torch.compiler.is_compiling():
             return self.dequantized_weight()
+        codes = self._parameters.get("weight")
+        if codes is not None and means_parameter(sys._getframe(1)):
+            return codes
         packed = self._weight_tensors()
         device = self._parameters[self._weight_name].device  # type: ignore[union-attr]
         return LazyWeight(partial(self._dequantize, packed, self.dtype), self._dense_shape, self.dtype, device)
@@ -110,7 +117,20 @@ class CompressedModule(nn.Module):
 
     def quantized_weight(self) -> QuantizedWeight:
         """The weight as codes, scales and zero points, checked as strictly as when a file is decoded."""
-        return self._decoded({name: value.data for name, value in self._parameters.items() if value is not None})
+        return self._decoded(self.checkpoint_parts("")[""])
+
+    def checkpoint_parts(self, name: str) -> dict[str, dict[str, torch.Tensor]]:
+        """The tensors by suffix, as a checkpoint has them for this module, which is ``name`` in the model.
+
+        There is one entry, ``name``, but for experts, of whom each has its own.
+        """
+        return {name: {suffix: value.data for suffix, value in self._parameters.items() if value is not None}}
+
+    @staticmethod
+    def join_parts(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """The inverse of :meth:`checkpoint_parts`."""
+        (part,) = parts
+        return dict(part)
 
     def _decoded(self, stored: Mapping[str, torch.Tensor]) -> QuantizedWeight:
         place = type(self).__name__
@@ -159,12 +179,12 @@ class CompressedModule(nn.Module):
         return ops.fake_quantize(output, get("output_scale"), get("output_zero_point"), *self._output)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> CompressedModule:
-        """Move every tensor, but let a change of dtype reach the bias and :attr:`dtype` only."""
+        """Move every tensor, but let a change of dtype reach bias, buffers and :attr:`dtype` only."""
         if recurse:
             for child in self.children():
                 child._apply(fn)
         bias = self._parameters.get("bias")
-        free = () if bias is None else (bias, bias.grad)
+        free = (*self._buffers.values(), *(() if bias is None else (bias, bias.grad)))
 
         def keeping_dtype(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)

@@ -19,8 +19,10 @@ from compressed_format.config import QuantizationConfig
 from compressed_format.config.json_text import parse_json, read_bytes
 from compressed_format.dtypes import torch_dtype
 from compressed_format.errors import CheckpointError, CompressedFormatWarning, Problem
-from compressed_format.model_origin import diffusers_class_name
-from compressed_format.skeleton import Skeleton, dtype_misfit
+from compressed_format.fitting import dtype_misfit
+from compressed_format.model_origin import diffusers_class_name, is_transformers_model
+from compressed_format.renaming import module_names, rename_modules
+from compressed_format.skeleton import Skeleton
 
 __all__ = ["load_compressed"]
 
@@ -48,6 +50,8 @@ def load_compressed(
     for a config that means nothing. Nothing is ever left as it was initialised; a ``model`` with which this has failed
     is half swapped, and has to be built anew.
     """
+    if device is not None and from_pretrained.get("device_map") is not None:
+        raise TypeError("load_compressed got both device and device_map: a model that is spread over devices stays so")
     path = Path(path)
     config, problems = QuantizationConfig.from_checkpoint(path, allow_unknown=allow_unknown)
     for problem in problems:
@@ -103,22 +107,33 @@ def _fill(
     the tensor's name is one of ``in_float32``.
     """
     checkpoint = read_checkpoint(path)
-    skeleton = Skeleton(model, config, {name: checkpoint.spec(name) for name in checkpoint})
-    problems = [*skeleton.problems, *skeleton.zero_point_problems(checkpoint.__getitem__)]
+    names = {name: name for name in checkpoint}
+    if is_transformers_model(model):
+        from compressed_format.integrations.checkpoint_names import model_names
+
+        names = model_names(model, checkpoint)
+        config = rename_modules(config, module_names(names), keep=False)
+    stored = {own: name for name, own in names.items()}
+    skeleton = Skeleton(model, config, {own: checkpoint.spec(name) for own, name in stored.items()})
+    problems = [*skeleton.problems, *skeleton.zero_point_problems(lambda name: checkpoint[stored[name]])]
     expected = model.state_dict(keep_vars=True)
     places: dict[int, list[str]] = defaultdict(list)
     for name, value in expected.items():
         places[id(value)].append(name)
     loaded: dict[str, torch.Tensor] = {}
-    for name in checkpoint:
-        if name in skeleton.explained:
+    taken: set[str] = set()
+    for name, recipe in skeleton.all_recipes(stored).items():
+        loaded[name] = recipe.make([checkpoint[stored[source]] for source in recipe.sources])
+        taken.update(recipe.sources)
+    for name, stored_name in stored.items():
+        if name in skeleton.explained or name in taken:
             continue
-        problem = _misfit(checkpoint.spec(name), expected.get(name), packed=name in skeleton.packed)
+        problem = _misfit(checkpoint.spec(stored_name), expected.get(name), packed=name in skeleton.packed)
         if problem is not None:
-            problems.append(Problem(name, problem))
+            problems.append(Problem(stored_name, problem))
         else:
-            loaded[name] = checkpoint[name]
-    known = loaded.keys() | skeleton.explained | {problem.place for problem in problems}
+            loaded[name] = checkpoint[stored_name]
+    known = loaded.keys() | skeleton.explained | {names.get(problem.place, problem.place) for problem in problems}
     for names in places.values():
         if known.isdisjoint(names):
             problems.append(Problem(names[0], "is missing from the checkpoint"))

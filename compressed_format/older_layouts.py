@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import torch
 
-from compressed_format.config import CompressionFormat, QuantizationConfig, QuantizationScheme
+from compressed_format.config import CompressionFormat, QuantizationArgs, QuantizationConfig, QuantizationScheme
 from compressed_format.errors import FormatError, Problem
 from compressed_format.formats import Marlin24, PackLayout, PackQuantized, pack_layout
 from compressed_format.linear import CompressedModule
 
-__all__ = ["modernize", "without_marlin"]
+__all__ = ["modernize", "older_layout", "without_marlin"]
 
 
 def modernize(name: str, module: CompressedModule, version: str | None) -> str | None:
@@ -22,28 +22,54 @@ def modernize(name: str, module: CompressedModule, version: str | None) -> str |
     if scheme is None or scheme.weights is None:
         return None
     args, marlin = scheme.weights, module.format is CompressionFormat.MARLIN_24
-    tensors = {suffix: value.data for suffix, value in module._parameters.items() if value is not None}
+    parts = module.checkpoint_parts(name)
     if marlin:
-        quantized = Marlin24().decode(tensors, args, place=name)
+        quantized = {place: Marlin24().decode(tensors, args, place=place) for place, tensors in parts.items()}
     elif module.format is not CompressionFormat.PACK_QUANTIZED:
         return None
     else:
-        stored, expected = tensors["weight_shape"].tolist(), list(module._weight_shape)
-        if stored != expected:
-            message = f"says {stored}, but the module's weight is {expected}"
-            raise FormatError(problems=[Problem(f"{name}.weight_shape", message)])
-        packed, columns = tensors["weight_packed"], module._weight_shape[1]
+        for place, tensors in parts.items():
+            stored, expected = tensors["weight_shape"].tolist(), list(module._weight_shape)
+            if stored != expected:
+                message = f"says {stored}, but the module's weight is {expected}"
+                raise FormatError(problems=[Problem(f"{place}.weight_shape", message)])
+        packed, columns = module._parameters["weight_packed"], module._weight_shape[1]
+        assert packed is not None
         layout = pack_layout(packed, args.num_bits, columns, version=version, place=name)
-        zero_point = tensors.get("weight_zero_point")
-        unpacked = zero_point is not None and zero_point.dtype == torch.int8 and PackQuantized.packs_zero_points(args)
+        unpacked = _has_unpacked_zero_points(module, args)
         if layout is PackLayout.DENSE and not unpacked:
             return None
-        quantized = PackQuantized().decode(tensors, args, place=name, layout=layout)
-    module.replace_weight(PackQuantized().encode(quantized, args, place=name), CompressionFormat.PACK_QUANTIZED)
+        quantized = {
+            place: PackQuantized().decode(tensors, args, place=place, layout=layout) for place, tensors in parts.items()
+        }
+    encoded = [PackQuantized().encode(weight, args, place=place) for place, weight in quantized.items()]
+    module.replace_weight(module.join_parts(encoded), CompressionFormat.PACK_QUANTIZED)
     if marlin:
         module.scheme = _as_packed(scheme)
         return "marlin-24"
     return "word-aligned" if layout is PackLayout.WORD_ALIGNED else "unpacked zero-point"
+
+
+def older_layout(module: CompressedModule) -> str | None:
+    """The layout that :func:`modernize` would re-encode, as far as dtypes and shapes tell; None where it is run."""
+    scheme = module.scheme
+    if scheme is None or scheme.weights is None:
+        return None
+    if module.format is CompressionFormat.MARLIN_24:
+        return "marlin-24"
+    if module.format is not CompressionFormat.PACK_QUANTIZED:
+        return None
+    packed = module._parameters["weight_packed"]
+    assert packed is not None
+    layout = pack_layout(packed, scheme.weights.num_bits, module._weight_shape[1], version=None)
+    if layout is PackLayout.WORD_ALIGNED:
+        return "word-aligned"
+    return "unpacked zero-point" if _has_unpacked_zero_points(module, scheme.weights) else None
+
+
+def _has_unpacked_zero_points(module: CompressedModule, args: QuantizationArgs) -> bool:
+    zero_point = module._parameters.get("weight_zero_point")
+    return zero_point is not None and zero_point.dtype == torch.int8 and PackQuantized.packs_zero_points(args)
 
 
 def without_marlin(config: QuantizationConfig) -> QuantizationConfig:

@@ -17,13 +17,15 @@ from compressed_format.compression import config_of
 from compressed_format.config import (
     FORMAT_VERSION,
     QuantizationConfig,
+    QuantizationScheme,
     QuantizationStatus,
     expand_ignore,
     resolve_targets,
 )
 from compressed_format.config.json_text import parse_json, read_bytes
 from compressed_format.errors import CheckpointError, CompressedFormatWarning, ConfigError, FormatError, Problem
-from compressed_format.linear import compressed_modules
+from compressed_format.experts import stored_modules, unstacked_state
+from compressed_format.model_origin import diffusers_class_name, is_diffusers_model, is_transformers_model
 from compressed_format.renaming import module_names, rename_modules
 
 __all__ = ["save_compressed", "saved_config"]
@@ -46,15 +48,17 @@ def save_compressed(
     """Write a compressed ``model`` to the folder ``path``: safetensors, index and ``config.json``, all or nothing.
 
     ``source`` is the folder of the dense model: its tokenizer and other files are copied, and the keys of its
-    ``config.json`` kept. It defaults to the local folder that a transformers model was loaded from. ``ignore`` in the
-    written config lists every Linear that is not quantized, as all readers want it. ``progress`` is called with the
+    ``config.json`` kept if it describes this model, and not one that it is a part of. It defaults to the local folder
+    that a model of transformers or diffusers was loaded from. ``ignore`` in the written config lists every Linear that
+    is not quantized, as all readers want it. The files of a model of diffusers have the names that its pipelines look
+    for, ``diffusion_pytorch_model.safetensors`` and so on. ``progress`` is called with the
     bytes written and their total.
 
     Raises :class:`CheckpointExistsError` if ``path`` holds something and ``overwrite`` is not set, and
     :class:`FormatError` if the model holds no compressed module, or one that its config does not describe.
     """
     config = saved_config(model)
-    names = _checkpoint_names(model)
+    tensors, names = _stored_tensors(model)
     # Whoever loads the tensors by the checkpoint's names goes by these in the config too; whoever loads them through
     # transformers, by those of the model.
     config = rename_modules(config, module_names(names), keep=True)
@@ -71,23 +75,35 @@ def save_compressed(
     files = _files(model, folder, Path(path))
     files["config.json"] = _config_json(model, folder, config)
     write_checkpoint(
-        path, _tensors(model, names), files=files, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
+        path,
+        tensors,
+        files=files,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        progress=progress,
+        stem="diffusion_pytorch_model" if is_diffusers_model(model) else "model",
     )
 
 
 def saved_config(model: nn.Module) -> QuantizationConfig:
     """The model's config, with ``ignore`` complete; checked against what its modules really are."""
-    compressed = compressed_modules(model)
+    compressed = stored_modules(model)
     config = config_of(model)
     if not compressed or config is None:
+        parts = [name for name, part in model.named_modules() if name and config_of(part) is not None]
+        if compressed and parts:
+            message = f"compress() was called with {', '.join(parts)} alone: save that, or decompress() it and compress"
+            raise FormatError(f"{message} the whole model, with the rest in ignore")
         raise FormatError("the model holds no compressed modules; call compress(model, config) first")
-    resolution = resolve_targets(model, config)
+    resolution = resolve_targets(model, config, quantized=compressed)
     problems = []
     for name, module in compressed.items():
         assignment = resolution.assignments.get(name)
+        if assignment is None and module.scheme is None and module.sparsity is None:
+            continue  # a projection of experts that is held uncompressed beside compressed ones
         if assignment is None:
             problems.append(Problem(name, "is compressed, but no target of the model's config reaches it"))
-        elif (assignment.scheme, assignment.sparsity) != (module.scheme, module.sparsity):
+        elif (_meaning(assignment.scheme), assignment.sparsity) != (_meaning(module.scheme), module.sparsity):
             message = f"is compressed as {module.extra_repr()}, but its config says {assignment.reason}"
             problems.append(Problem(name, message))
     if problems:
@@ -103,25 +119,24 @@ def saved_config(model: nn.Module) -> QuantizationConfig:
     return config.model_copy(update=changes)
 
 
-def _tensors(model: nn.Module, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """The state dict under checkpoint names, each shared parameter and buffer once."""
-    first: dict[int, str] = {}
-    state = model.state_dict(keep_vars=True)
-    return {names[name]: tensor for name, tensor in state.items() if first.setdefault(id(tensor), name) == name}
+def _meaning(scheme: QuantizationScheme | None) -> QuantizationScheme | None:
+    """A scheme without its targets, which may have got other names since a module was compressed by it."""
+    return None if scheme is None else scheme.model_copy(update={"targets": ()})
 
 
 def _is_pretrained(model: nn.Module) -> bool:
-    return hasattr(model, "config") and hasattr(model, "save_pretrained")
+    return hasattr(model, "config") and hasattr(model, "save_pretrained") and not is_diffusers_model(model)
 
 
-def _checkpoint_names(model: nn.Module) -> dict[str, str]:
-    """The checkpoint's name of each entry of the state dict; they differ where transformers renames on loading."""
-    state = model.state_dict()
+def _stored_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors by the checkpoint's names, and these names by the model's, from which transformers' may differ."""
+    tensors = unstacked_state(model)
     if not _is_pretrained(model):
-        return {name: name for name in state}
-    from compressed_format.integrations.transformers import checkpoint_names
+        return tensors, {name: name for name in tensors}
+    from compressed_format.integrations.checkpoint_names import stored_tensors
 
-    return checkpoint_names(model, state)
+    packed = {name for name in tensors if name.rpartition(".")[0] in stored_modules(model)}
+    return stored_tensors(model, tensors, packed)
 
 
 def _source_folder(model: nn.Module, source: str | os.PathLike[str] | None) -> Path | None:
@@ -130,6 +145,10 @@ def _source_folder(model: nn.Module, source: str | os.PathLike[str] | None) -> P
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: the source is not a folder")
         return folder
+    if is_diffusers_model(model):
+        from compressed_format.integrations import diffusers
+
+        return diffusers.source_folder(model)
     known = getattr(getattr(model, "config", None), "_name_or_path", "")
     return Path(known) if known and Path(known).is_dir() else None
 
@@ -156,19 +175,46 @@ def _files(model: nn.Module, folder: Path | None, destination: Path) -> dict[str
 
 
 def _config_json(model: nn.Module, folder: Path | None, config: QuantizationConfig) -> bytes:
-    """``config.json``: the source's, or else the model's, with ``quantization_config`` put in."""
-    content: dict[str, Any] = {}
+    """``config.json``: the source's, or else the model's, with its class and ``quantization_config`` put in."""
     model_config: Any = getattr(model, "config", None)
     source = None if folder is None else folder / "config.json"
+    content = None
     if source is not None and source.is_file():
         content = parse_json(read_bytes(source), str(source))
         if not isinstance(content, dict):
             raise ConfigError(f"{source}: must be a JSON object, not {type(content).__name__}")
-    elif _is_pretrained(model) and model_config is not None:
-        content = json.loads(model_config.to_json_string())
-        content["architectures"] = content.get("architectures") or [type(model).__name__]
+    if content is None or not _describes(content, model):
+        content = _own_config(model)
+    if is_transformers_model(model):
+        # The source's may be another class of the same config, such as that with a head. FSDP derives its own.
+        content["architectures"] = [type(model).__name__.removeprefix("FSDP")]
     if getattr(model_config, "tie_word_embeddings", None) is False and content.get("tie_word_embeddings", True):
         content["tie_word_embeddings"] = False
+    # The two other places where readers look for it.
     content.pop("compression_config", None)
+    if isinstance(content.get("text_config"), dict):
+        content["text_config"].pop("quantization_config", None)
     content["quantization_config"] = config.to_dict()
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _describes(content: Mapping[str, Any], model: nn.Module) -> bool:
+    """Whether the content of a ``config.json`` is of this model, as far as both say what they are."""
+    if is_diffusers_model(model):
+        return diffusers_class_name(content) == type(model).__name__
+    own = getattr(getattr(model, "config", None), "model_type", None)
+    return own is None or content.get("model_type", own) == own
+
+
+def _own_config(model: nn.Module) -> dict[str, Any]:
+    """What a model of transformers or diffusers says of itself; nothing for any other."""
+    if is_diffusers_model(model):
+        from compressed_format.integrations import diffusers
+
+        return diffusers.config_content(model)
+    model_config: Any = getattr(model, "config", None)
+    if not _is_pretrained(model) or model_config is None:
+        return {}
+    content: dict[str, Any] = json.loads(model_config.to_json_string())
+    content["architectures"] = content.get("architectures") or [type(model).__name__]
+    return content

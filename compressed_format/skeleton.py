@@ -7,7 +7,7 @@ are read before the tensors are in place.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 
 import torch
 from frozendict import frozendict
@@ -17,24 +17,27 @@ from compressed_format.bitpack import unpack_codes
 from compressed_format.config import (
     FORMAT_VERSION,
     Assignment,
-    CompressionFormat,
     QuantizationConfig,
     resolve_targets,
 )
-from compressed_format.dtypes import DTYPES, torch_dtype
-from compressed_format.errors import CompressedFormatWarning, FormatError, Problem
-from compressed_format.formats import SPARSITY_FORMATS, PackQuantized, TensorSpec
+from compressed_format.errors import CompressedFormatWarning, FormatError, Problem, UnsupportedFormatError
+from compressed_format.expert_compression import dense_stacks, projection_assignments
+from compressed_format.expert_skeleton import StackedExperts, dense_recipes, stack_experts
+from compressed_format.experts import CompressedExpertLinear
+from compressed_format.fitting import fit_module, meta_tensor
+from compressed_format.formats import SPARSITY_FORMATS
 from compressed_format.formats.base import StoredTensor, check_scales, decode_g_idx
-from compressed_format.formats.module import module_tensor_specs
+from compressed_format.fused_experts import Recipe
 from compressed_format.kv_cache import keep_cache_scales
 from compressed_format.linear import CompressedModule, is_of_weight
 from compressed_format.module_compression import compressed_successor, out_features, treatment
-from compressed_format.older_layouts import modernize, without_marlin
+from compressed_format.offloading import is_offloaded, onloaded
+from compressed_format.older_layouts import modernize, older_layout, without_marlin
 from compressed_format.unserved import refuse_what_cannot_run
 
-__all__ = ["Skeleton", "dtype_misfit"]
+__all__ = ["Skeleton"]
 
-_ZERO_POINT_SUFFIXES = frozenset({"weight_zero_point", "input_zero_point", "output_zero_point"})
+_OF_PACKED_WEIGHTS = frozenset({"weight_packed", "weight_scale", "compressed"})
 
 
 class Skeleton:
@@ -64,16 +67,27 @@ class Skeleton:
         self._twins = _modules_sharing_weights(model, tied)
         self._modules: dict[str, CompressedModule] = {}
         self._zero_points: dict[str, Assignment] = {}
-        resolution = resolve_targets(model, config)
-        for problem in resolution.warnings:
-            warnings.warn(str(problem), CompressedFormatWarning, stacklevel=4)
-        refuse_what_cannot_run(model, config, resolution.assignments)
+        self.recipes: dict[str, Recipe] = {}
+        self._dense_recipes: dict[str, Recipe] = {}
         by_module: dict[str, dict[str, StoredTensor]] = {}
         for name, tensor in stored.items():
             module, _, suffix = name.rpartition(".")
             by_module.setdefault(module, {})[suffix] = tensor
+        packed = {name for name, tensors in by_module.items() if not tensors.keys().isdisjoint(_OF_PACKED_WEIGHTS)}
+        resolution = resolve_targets(model, config, quantized=packed)
+        for problem in resolution.warnings:
+            warnings.warn(str(problem), CompressedFormatWarning, stacklevel=4)
+        refuse_what_cannot_run(model, config, resolution.assignments)
+        for name, (experts, stack) in dense_stacks(model).items():
+            assignments = projection_assignments(name, stack, resolution)
+            if assignments:
+                self._swap_experts(name, stack_experts(name, experts, stack, assignments, by_module))
+            else:
+                self._dense_recipes |= dense_recipes(name, experts, stack)
         without_weight: dict[str, Assignment] = {}
         for name, assignment in resolution.assignments.items():
+            if name not in self._names:
+                continue  # one of a stack of experts
             owns = [place for place in self._names[name] if _holds_weight(by_module.get(place, {}))]
             if owns:
                 self._swap(name, assignment, by_module[owns[0]])
@@ -82,6 +96,18 @@ class Skeleton:
         for name, assignment in without_weight.items():
             self._swap_twin(name, assignment, by_module, resolution.assignments)
         self.packed |= keep_cache_scales(model, by_module, self.explained)
+
+    def all_recipes(self, stored: Container[str]) -> dict[str, Recipe]:
+        """How tensors of the model that are not ``stored`` as they are can be made, for whoever loads them alone.
+
+        transformers has its own way for uncompressed experts, and goes by :attr:`recipes` for compressed ones.
+        """
+        dense = {
+            target: recipe
+            for target, recipe in self._dense_recipes.items()
+            if all(source in stored for source in recipe.sources)
+        }
+        return {**self.recipes, **dense}
 
     def zero_point_problems(self, read: Callable[[str], torch.Tensor]) -> list[Problem]:
         """What is wrong with zero points that are stored where a symmetric scheme has none: those that are not zero.
@@ -105,31 +131,53 @@ class Skeleton:
     def finish(self, dtype: torch.dtype | None = None) -> None:
         """Check what only the values tell, and re-encode layouts that are read but not run. Call it once, last.
 
-        ``dtype`` becomes that of the compressed modules' weights and of embeddings looked up.
+        ``dtype`` becomes that of the compressed modules' weights and of embeddings looked up. Tensors that accelerate
+        has offloaded are read for it, and those that are re-encoded are offloaded again.
+
+        Raises :class:`FormatError` for values that contradict the format, and :class:`UnsupportedFormatError` for
+        modules that are on the meta device and would have to be re-encoded.
         """
         problems: list[Problem] = []
+        unread: list[Problem] = []
         done: dict[nn.Parameter | None, CompressedModule] = {}
         re_encoded = {"word-aligned": 0, "unpacked zero-point": 0, "marlin-24": 0}
         for name, module in self._modules.items():
             if dtype is not None:
                 module.dtype = dtype
-            weight = module._parameters[module._weight_name]
-            if weight in done:
-                module.share_weight(done[weight])
+            if module._sharding is not None:
+                problems += module._sharding.problems(module, self.config.version, name)
                 continue
-            done[weight] = module
-            if any(parameter.is_meta for parameter in module.parameters()):
-                continue  # kept on disk by whoever loads the model
+            weight = module._parameters[module._weight_name]
+            twin = done.setdefault(weight, module)
+            # What is offloaded is kept for each module under its own name, so that twins are finished one by one.
+            offloaded = is_offloaded(module)
+            if twin is not module and not offloaded:
+                module.share_weight(twin)
+                continue
+            if not offloaded and any(parameter.is_meta for parameter in module.parameters()):
+                # Whoever loads the model has the values; what they need not be asked for is checked.
+                layout = older_layout(module)
+                if layout is not None:
+                    message = (
+                        f"is stored in the {layout} layout, which is re-encoded as it is loaded; load it on a device"
+                    )
+                    unread.append(Problem(name, message))
+                continue
             try:
-                _check_values(name, module)
-                legacy = modernize(name, module, self.config.version)
+                with onloaded(module, name):
+                    _check_values(name, module)
+                    legacy = modernize(name, module, self.config.version)
             except FormatError as error:
                 problems.extend(error.problems)
                 continue
-            if legacy is not None:
+            if twin is not module:
+                module.share_weight(twin)
+            elif legacy is not None:
                 re_encoded[legacy] += 1
         if problems:
             raise FormatError("the checkpoint contradicts itself:", problems)
+        if unread:
+            raise UnsupportedFormatError("the checkpoint needs what cannot be done on the meta device:", unread)
         for legacy, count in re_encoded.items():
             if count:
                 message = f"{count} modules were stored in the {legacy} layout, and are held as pack-quantized now"
@@ -148,30 +196,15 @@ class Skeleton:
         module = self.model.get_submodule(name)
         assert isinstance(module, (nn.Linear, nn.Embedding))  # nothing else is ever assigned
         shape = (module.weight.shape[0], module.weight.shape[1])
-        specs = module_tensor_specs(
-            assignment.scheme, assignment.format, assignment.sparsity, shape, out_features(module)
-        )
-        tensors = {}
-        problems = []
-        for suffix, spec in specs.items():
-            tensor = stored.get(suffix)
-            if tensor is None:
-                if suffix != "weight_g_idx":
-                    problems.append(
-                        Problem(f"{name}.{suffix}", f"is missing from the checkpoint ({assignment.reason})")
-                    )
-                continue
-            found = _problem(suffix, spec, tensor, assignment, shape)
-            if found is not None:
-                problems.append(Problem(f"{name}.{suffix}", found))
-            tensors[suffix] = torch.empty(tuple(tensor.shape), dtype=torch_dtype(tensor.dtype), device="meta")
-        if problems:
-            self._explain(name, assignment, stored, problems)
+        fit = fit_module(name, assignment, stored, shape, out_features(module))
+        if fit.problems:
+            self.explained.update(f"{name}.{suffix}" for suffix in (*stored, "weight"))
+            self.problems += fit.problems
             return
-        for suffix in stored.keys() & _ZERO_POINT_SUFFIXES - specs.keys():
-            # Old releases stored the zero points of symmetric schemes too; they mean nothing, for they are all zero.
+        for suffix in fit.needless:
             self.explained.add(f"{name}.{suffix}")
             self._zero_points[f"{name}.{suffix}"] = assignment
+        tensors = {suffix: meta_tensor(tensor) for suffix, tensor in fit.tensors.items()}
         compressed = compressed_successor(module, tensors, assignment)
         if twin is not None:
             compressed.share_weight(twin)
@@ -180,6 +213,23 @@ class Skeleton:
             self.packed.update(f"{place}.{suffix}" for suffix in tensors)
             parent, _, child = place.rpartition(".")
             setattr(self.model.get_submodule(parent), child, compressed)
+
+    def _swap_experts(self, name: str, found: StackedExperts) -> None:
+        self.problems += found.problems
+        self.explained |= found.explained
+        if found.module is None:
+            return
+        self.recipes |= found.recipes
+        for projection in found.module.expert_stack.projections:
+            module = found.module.get_submodule(projection)
+            assert isinstance(module, CompressedExpertLinear)
+            if module.scheme is not None or module.sparsity is not None:
+                self._modules[f"{name}.{projection}"] = module
+                for place in self._names[name]:
+                    self.packed.update(f"{place}.{projection}.{suffix}" for suffix in module._parameters)
+        for place in self._names[name]:
+            parent, _, child = place.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, found.module)
 
     def _swap_twin(
         self,
@@ -209,65 +259,29 @@ class Skeleton:
                 return
         self._swap(name, assignment, own)
 
-    def _explain(
-        self,
-        name: str,
-        assignment: Assignment,
-        stored: Mapping[str, StoredTensor],
-        problems: list[Problem],
-    ) -> None:
-        """One problem for a module that is plainly stored dense; else all that is wrong with its tensors."""
-        self.explained.update(f"{name}.{suffix}" for suffix in stored)
-        self.explained.add(f"{name}.weight")
-        weight = stored.get("weight")
-        dense = weight is not None and DTYPES[weight.dtype].bits > 8
-        if dense and assignment.format is not CompressionFormat.DENSE:
-            message = f"is stored dense, but {assignment.reason}; list {name} in ignore"
-            problems = [Problem(f"{name}.weight", message)]
-        self.problems.extend(problems)
-
-
-def _problem(
-    suffix: str, spec: TensorSpec, tensor: StoredTensor, assignment: Assignment, shape: tuple[int, int]
-) -> str | None:
-    message = spec.problem(torch_dtype(tensor.dtype), tuple(tensor.shape))
-    scheme = assignment.scheme
-    packed = assignment.format is CompressionFormat.PACK_QUANTIZED and suffix in ("weight_packed", "weight_zero_point")
-    if message is None or not packed or scheme is None or scheme.weights is None:
-        return message
-    older = PackQuantized.legacy_specs(shape, scheme.weights)[suffix]
-    fits_older = any(spec.problem(torch_dtype(tensor.dtype), tuple(tensor.shape)) is None for spec in older)
-    return None if fits_older else message
-
-
-def dtype_misfit(stored: StoredTensor, expected: torch.dtype) -> str | None:
-    """Why an uncompressed tensor cannot have been stored for one of the dtype ``expected``, or None.
-
-    Any float of 16 bits and more will do for another; a narrower one has lost its scale.
-    """
-    found = torch_dtype(stored.dtype)
-    wide = found.is_floating_point and found.itemsize >= 2
-    if found == expected or (wide and expected.is_floating_point and expected.itemsize >= 2):
-        return None
-    return f"has dtype {stored.dtype} in the checkpoint, expected {str(expected).removeprefix('torch.')}"
-
 
 def _check_values(name: str, module: CompressedModule) -> None:
     """Raise :class:`FormatError` for values that would spoil whatever is computed with them."""
-    tensors = {suffix: value.data for suffix, value in module._parameters.items() if value is not None}
+    parts = module.checkpoint_parts(name)
+    if not [place for place, tensors in parts.items() if _check_tensors(place, module, tensors)]:
+        module._parameters.pop("weight_g_idx", None)
+
+
+def _check_tensors(place: str, module: CompressedModule, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Check the tensors of one weight; whether its ``weight_g_idx`` means anything."""
     for suffix in tensors.keys() & {"weight_scale", "input_scale", "output_scale"}:
-        check_scales(tensors[suffix], f"{name}.{suffix}")
-    columns = module._weight_shape[1]
-    if "weight_g_idx" in tensors:
-        groups = tensors["weight_scale"].shape[-1]
-        if decode_g_idx(tensors["weight_g_idx"], columns, groups, name) is None:
-            del module._parameters["weight_g_idx"]  # never set by the release that wrote it
+        check_scales(tensors[suffix], f"{place}.{suffix}")
     if module.sparsity is not None:
         expected, found = list(module._weight_shape), tensors["shape"].flatten().tolist()
         if found != expected:
             message = f"says {found}, but the module's weight is {expected}"
-            raise FormatError(problems=[Problem(f"{name}.shape", message)])
-        SPARSITY_FORMATS[module.sparsity].checked_mask(tensors, place=name)
+            raise FormatError(problems=[Problem(f"{place}.shape", message)])
+        SPARSITY_FORMATS[module.sparsity].checked_mask(tensors, place=place)
+    if "weight_g_idx" not in tensors:
+        return False
+    # None: never set by the release that wrote it.
+    groups = tensors["weight_scale"].shape[-1]
+    return decode_g_idx(tensors["weight_g_idx"], module._weight_shape[1], groups, place) is not None
 
 
 def _names_of_modules(model: nn.Module) -> dict[str, list[str]]:

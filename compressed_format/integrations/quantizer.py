@@ -24,13 +24,15 @@ from compressed_format.checkpoint import read_checkpoint
 from compressed_format.compression import attach_config, decompress
 from compressed_format.config import QuantizationConfig, QuantizationStatus, expand_ignore, resolve_targets
 from compressed_format.errors import CheckpointError, CompressedFormatWarning, Problem
+from compressed_format.fitting import dtype_misfit
 from compressed_format.formats.base import StoredTensor
+from compressed_format.integrations.checkpoint_names import checkpoint_names, model_names
 from compressed_format.integrations.compress_on_load import CompressionOnLoad
-from compressed_format.integrations.transformers import checkpoint_names, model_names, retie
+from compressed_format.integrations.expert_conversion import StackExperts, remember_conversions
+from compressed_format.integrations.transformers import retie
 from compressed_format.linear import compressed_modules, is_of_weight
 from compressed_format.renaming import module_names, rename_modules
 from compressed_format.save import saved_config
-from compressed_format.fitting import dtype_misfit
 from compressed_format.skeleton import Skeleton
 
 __all__ = ["METHOD", "CompressedFormatQuantizer", "CompressedTensorsConfig", "attach_quantizer", "misshapen"]
@@ -123,10 +125,14 @@ class CompressedFormatQuantizer(HfQuantizer):
             for name in checkpoint:
                 stored[name] = checkpoint.spec(name)
                 readers[name] = lambda name=name, of=checkpoint: of[name]  # type: ignore[misc]
-        names = model_names(model, stored)
+        names = self.names = model_names(model, stored)
         self.stored_names = module_names({renamed: name for name, renamed in names.items()})
         if not self.pre_quantized:
-            self.compression = CompressionOnLoad(model, self.config, stored=set(names.values()))
+            _share(model, compressed=False)
+            # As in compress(), the author may have spoken of either naming.
+            config = rename_modules(self.config, module_names(names), keep=False)
+            self.compression = CompressionOnLoad(model, config, stored=set(names.values()))
+            self.config = rename_modules(self.config, module_names(names), keep=True)
             return
         named = {names[name]: tensor for name, tensor in stored.items()}
         config = rename_modules(self.config, module_names(names), keep=False)
@@ -149,7 +155,9 @@ class CompressedFormatQuantizer(HfQuantizer):
             _refuse(model, problems)
         self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         for module in compressed_modules(model).values():
-            module._is_hf_initialized = True
+            # Buffers that are in no checkpoint, as the scale of Gemma's embedding, are computed by transformers.
+            module._is_hf_initialized = not module._buffers
+        _share(model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.compression is not None:
@@ -158,6 +166,7 @@ class CompressedFormatQuantizer(HfQuantizer):
             return
         if self.skeleton is None:
             return
+        _have_shared(model)
         # Compressed modules see to their own tensors; KV-cache scales have been set on plain ones, as trainable.
         for name, parameter in model.named_parameters():
             if name in self.skeleton.packed:
@@ -182,7 +191,15 @@ class CompressedFormatQuantizer(HfQuantizer):
             written = rename_modules(self.config, self.stored_names, keep=True)
             attach_quantizer(model, self.config, quantizer=self, written=written)
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        if self.skeleton is None or not self.skeleton.recipes:
+            return weight_conversions
+        # Before those of dense experts, whose names are the same where packed ones go by "weight".
+        return [StackExperts(self.skeleton.model, self.skeleton.recipes, self.names), *weight_conversions]
+
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        if isinstance(converter, StackExperts):
+            return None
         names = getattr(converter, "target_patterns", None) or []
         packed = self.skeleton is not None and any(name in self.skeleton.packed for name in names)
         new: torch.dtype | None = None if packed else super().get_new_dtype(converter, param, dtype)
@@ -209,6 +226,7 @@ class CompressedFormatQuantizer(HfQuantizer):
 
     def remove_quantization_config(self, model: Any) -> None:
         super().remove_quantization_config(model)
+        remember_conversions(model)
         for module in model.modules():
             if isinstance(module, transformers.PreTrainedModel):
                 module.config.__dict__.pop("_is_quantized", None)
@@ -233,6 +251,22 @@ class CompressedFormatQuantizer(HfQuantizer):
         return True
 
 
+def _share(model: Any, *, compressed: bool = True) -> None:
+    """Prepare a model that is going to be split between processes."""
+    if getattr(model.config, "distributed_config", None) is not None:
+        from compressed_format.integrations.tensor_parallel import serve_plan
+
+        serve_plan(model, compressed=compressed)
+
+
+def _have_shared(model: Any) -> None:
+    if getattr(model.config, "distributed_config", None) is not None:
+        from compressed_format.integrations.tensor_parallel import refuse_other_splits, restore_plan
+
+        restore_plan(model)
+        refuse_other_splits(model)
+
+
 def attach_quantizer(
     model: Any,
     config: QuantizationConfig,
@@ -252,6 +286,7 @@ def attach_quantizer(
     quantizer.quantization_config = CompressedTensorsConfig(**written.to_dict())
     attach_config(model, config)
     retie(model)
+    remember_conversions(model)
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = quantizer.quantization_config.quant_method
@@ -324,5 +359,4 @@ def _has_place(model: Any, name: str) -> bool:
 
 
 def _renamed_modules(model: Any) -> dict[str, str]:
-    state = model.state_dict()
-    return module_names(checkpoint_names(model, state))
+    return module_names(checkpoint_names(model))

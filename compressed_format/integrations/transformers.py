@@ -1,69 +1,78 @@
-"""transformers: its names for the tensors of checkpoints, and the weights that its models tie."""
+"""transformers: the weights that its models tie."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
+from torch import nn
 
-from compressed_format.errors import CheckpointError, Problem
-from compressed_format.linear import compressed_modules
+from compressed_format.linear import CompressedModule, is_of_weight
 
-__all__ = ["checkpoint_names", "model_names", "retie"]
+__all__ = ["restore_ties", "retie"]
+
+# Where a model keeps what it tied before it was compressed.
+_DENSE_TIES = "_compressed_format_dense_ties"
 
 
-def checkpoint_names(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """The checkpoint's name of each entry of a transformers model's state dict.
+def retie(model: nn.Module) -> None:
+    """Make transformers tie the tensors of compressed modules, where these share a weight, and no others of theirs.
 
-    Follows the conversions with which the model was loaded backwards. Raises :class:`CheckpointError` where one of
-    them rearranges the values of a tensor instead of renaming it: a packed tensor cannot follow that.
+    It keeps a table of names of weights, which compressed modules have none of, in every model within ``model``.
     """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    # Tensors without values stand in: only names matter, and each keeps its identity through a renaming.
-    stand_ins = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
-    reverted = revert_weight_conversion(model, dict(stand_ins))
-    by_identity = {id(tensor): name for name, tensor in reverted.items()}
-    names = {name: by_identity.get(id(tensor)) for name, tensor in stand_ins.items()}
-    lost = [name for name, renamed in names.items() if renamed is None]
-    if lost:
-        message = "is rearranged by transformers when it is saved, which is not served yet"
-        raise CheckpointError("the model cannot be saved:", [Problem(name, message) for name in lost])
-    return {name: renamed for name, renamed in names.items() if renamed is not None}
+    for part in _models(model):
+        tied: dict[str, str] = {}
+        for target, source in part.all_tied_weights_keys.items():
+            tied |= _tied_tensors(part, target, source)
+        if tied != part.all_tied_weights_keys:
+            before = part.all_tied_weights_keys, vars(part).get("_tied_weights_keys")
+            vars(part).setdefault(_DENSE_TIES, before)
+            # The second is asked for again whenever transformers ties anew, as when embeddings are resized.
+            part.all_tied_weights_keys, part._tied_weights_keys = tied, dict(tied)
 
 
-def model_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
-    """For each name of a stored tensor, the one that transformers will give it as it loads it."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
-    prefix = model.base_model_prefix
-    # The prefix of the base model is judged by the tensors that exist before modules are swapped.
-    state = dict(model.state_dict())
-    for name in stored:
-        module, _, suffix = name.rpartition(".")
-        for prefixed in (module, f"{prefix}.{module}", module.removeprefix(f"{prefix}.")):
-            if f"{prefixed}.weight" in state:
-                state.setdefault(f"{prefixed}.{suffix}", state[f"{prefixed}.weight"])
-    return {name: rename_source_key(name, renamings, [], prefix, state)[0] for name in stored}
+def restore_ties(model: nn.Module) -> None:
+    """Undo :func:`retie` for a model that is dense again: what has been untied meanwhile stays so."""
+    for part in _models(model):
+        if _DENSE_TIES not in vars(part):
+            continue
+        tied, own = vars(part).pop(_DENSE_TIES)
+        kept = {target: source for target, source in tied.items() if _tensor(part, target) is _tensor(part, source)}
+        part.all_tied_weights_keys = kept
+        vars(part).pop("_tied_weights_keys", None)
+        if len(kept) < len(tied):
+            part._tied_weights_keys = dict(kept)
+        elif own is not None:
+            part._tied_weights_keys = own
 
 
-def retie(model: Any) -> None:
-    """Make transformers tie the tensors of compressed modules, where these share a weight, and no others of theirs."""
-    compressed = compressed_modules(model)
-    tied: dict[str, str] = {}
-    for target, source in model.all_tied_weights_keys.items():
-        places = target.rpartition(".")[0], source.rpartition(".")[0]
-        own, other = (compressed.get(place) for place in places)
-        if own is None and other is None:
-            tied[target] = source
-        elif own is not None and other is not None:
-            for suffix, parameter in own._parameters.items():
-                if parameter is not None and parameter is other._parameters.get(suffix):
-                    tied[f"{places[0]}.{suffix}"] = f"{places[1]}.{suffix}"
-    if tied != model.all_tied_weights_keys:
-        model.all_tied_weights_keys = tied
-        # Asked again whenever transformers ties anew, as when embeddings are resized.
-        model._tied_weights_keys = dict(tied)
+def _models(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "all_tied_weights_keys")]
+
+
+def _tied_tensors(model: nn.Module, target: str, source: str) -> dict[str, str]:
+    """What stands for one tie between weights, once the modules that have them may be compressed."""
+    (place, _, suffix), (other_place, _, _) = target.rpartition("."), source.rpartition(".")
+    own, other = (_module(model, name) for name in (place, other_place))
+    packed = [isinstance(module, CompressedModule) for module in (own, other)]
+    if not any(packed) or not is_of_weight(suffix):
+        return {target: source}
+    if own is None or other is None or not all(packed):
+        return {}
+    return {
+        f"{place}.{name}": f"{other_place}.{name}"
+        for name, parameter in own._parameters.items()
+        if is_of_weight(name) and parameter is not None and parameter is other._parameters.get(name)
+    }
+
+
+def _module(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _tensor(model: nn.Module, name: str) -> object:
+    place, _, suffix = name.rpartition(".")
+    module = _module(model, place)
+    return name if module is None else module._parameters.get(suffix, name)

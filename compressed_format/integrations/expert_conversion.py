@@ -1,0 +1,135 @@
+"""Experts on their way between a checkpoint and transformers: stacked as they are loaded, one by one as they are saved.
+
+transformers asks each of its weight conversions whether a tensor is its own, and hands it the tensors that are. These
+know their tensors by name.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter
+
+from compressed_format.experts import CompressedExpertLinear, CompressedExperts
+from compressed_format.fused_experts import Recipe
+from compressed_format.integrations.checkpoint_names import own_names, projection_names
+
+__all__ = ["StackExperts", "remember_conversions"]
+
+_PATTERN = "experts of compressed_format"
+
+
+class _Nothing(ConversionOps):  # type: ignore[misc]
+    """A conversion must have an operation; those here work on names, which an operation is not told."""
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return input_dict
+
+
+class _ByName(WeightConverter):  # type: ignore[misc]
+    """A conversion that collects tensors by their names, and of which each of its results has a copy."""
+
+    def __init__(self) -> None:
+        super().__init__(_PATTERN, _PATTERN, [_Nothing()])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        new = type(self).__new__(type(self))
+        _ByName.__init__(new)
+        new.__dict__.update(self.__dict__)
+        return new
+
+    def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
+        self.collected_tensors[source_key].append(future)
+        self.layer_targets[target_key].add(source_key)
+
+
+class StackExperts(_ByName):
+    """Makes the tensors of ``recipes`` while ``model`` is loaded.
+
+    ``names`` has the model's name of each tensor of the checkpoint, that of an expert being
+    ``<stack>.<expert>.<projection>.<suffix>``.
+    """
+
+    def __init__(self, model: Any, recipes: Mapping[str, Recipe], names: Mapping[str, str]) -> None:
+        super().__init__()
+        self.recipes, self.names, self.prefix = recipes, names, model.base_model_prefix
+        self.called = {stack: found for stack, (_, found) in projection_names(model).items()}
+        self.projections = {
+            stack: {stored: own for own, stored in found.items()} for stack, found in self.called.items()
+        }
+        # What is made of the same tensors is made together, under the name of the first of it.
+        self.first: dict[str, str] = {}
+        self.together: dict[str, list[str]] = defaultdict(list)
+        for target, recipe in recipes.items():
+            first = self.first.setdefault(recipe.sources[0], target)
+            self.first.update(dict.fromkeys(recipe.sources, first))
+            self.together[first].append(target)
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        for own in own_names(source_key, self.prefix, self.projections):
+            if own in self.first:
+                self._was_used = True
+                return self.first[own], _PATTERN
+        return source_key, None
+
+    def convert(self, layer_name: str, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        found = {self.names[name]: tensors[0] for name, tensors in self.materialize_tensors().items()}
+        recipes = {target: self.recipes[target] for target in self.together[layer_name]}
+        return {target: recipe.make([found[name] for name in recipe.sources]) for target, recipe in recipes.items()}
+
+    def reverse_transform(self) -> _ByName:
+        return _UnstackExperts(self.called)
+
+
+class _UnstackExperts(_ByName):
+    """Takes the compressed experts of a model's state dict apart."""
+
+    def __init__(self, called: Mapping[str, Mapping[str, str]]) -> None:
+        super().__init__()
+        self.called = called
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        parts = source_key.rsplit(".", 2)
+        mine = len(parts) == 3 and parts[1] in self.called.get(parts[0], ())
+        return source_key, _PATTERN if mine else None
+
+    def convert(self, layer_name: str, model: Any = None, **kwargs: Any) -> dict[str, torch.Tensor]:
+        ((name, (tensor,)),) = self.materialize_tensors().items()
+        place, _, suffix = name.rpartition(".")
+        stack, _, projection = place.rpartition(".")
+        module = model.get_submodule(place)
+        assert isinstance(module, CompressedExpertLinear)
+        # Releases before 5.23 have renamed the layer by now; later ones do so with what comes out of here.
+        parent, called = layer_name.rsplit(".", 2)[0], self.called[stack][projection]
+        parts = module.checkpoint_parts(place, {suffix: tensor})
+        return {f"{parent}.{expert}.{called}.{suffix}": part[suffix] for expert, part in enumerate(parts.values())}
+
+
+def remember_conversions(model: Any) -> None:
+    """Have ``model`` saved by the conversions of its class and, where its experts are compressed, by ours."""
+    known = getattr(model, "_weight_conversions", None)
+    compressed = any(isinstance(module, CompressedExperts) for module in model.modules())
+    if not compressed and not any(isinstance(found, StackExperts) for found in known or ()):
+        return
+    usual = [found for found in get_model_conversion_mapping(model, add_legacy=False) if not _adds_prefix(found)]
+    if known is not None:
+        # Conversions that were not used while packed experts were loaded are missing.
+        patterns = {tuple(found.source_patterns) for found in known}
+        usual = [
+            *(found for found in known if not isinstance(found, StackExperts)),
+            *(
+                found
+                for found in usual
+                if isinstance(found, WeightConverter) and tuple(found.source_patterns) not in patterns
+            ),
+        ]
+    # The last one is asked first when a model is saved.
+    model._weight_conversions = [*usual, *([StackExperts(model, {}, {})] if compressed else [])]
+
+
+def _adds_prefix(conversion: Any) -> bool:
+    return isinstance(conversion, PrefixChange)
