@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-FOREIGN = {"accelerate", "compressed_tensors", "pandas", "torch._dynamo", "tqdm.auto", "transformers"}
+FOREIGN = {"accelerate", "compressed_tensors", "diffusers", "pandas", "torch._dynamo", "tqdm.auto", "transformers"}
 
 
 def modules_after(program: str) -> set[str]:

@@ -30,6 +30,7 @@ import compressed_format.integrations
 from compressed_format import (
     CheckpointError,
     CompressedLinear,
+    FormatError,
     QuantizationConfig,
     compress,
     decompress,
@@ -39,6 +40,7 @@ from compressed_format import (
 from compressed_format.integrations.diffusers import build
 from compressed_format.linear import compressed_modules
 from tests.checks import assert_same_bits, assert_same_tensors
+from tests.integrations.vision_language import tiny_llava, tiny_qwen
 from tests.models import edit_config, read_config, read_tensors, recorded_warnings, seeded, weights
 
 CONFIGS: dict[str, Any] = {
@@ -390,3 +392,47 @@ def test_a_text_encoder_is_loaded_as_its_class(tmp_path: Path) -> None:
     assert_same_bits(loaded(ids).last_hidden_state, expected)
     assert_same_tensors(loaded.state_dict(), read_tensors(tmp_path / "text_encoder"))
     assert sum(isinstance(module, CompressedLinear) for module in loaded.modules()) == 12
+
+
+@pytest.mark.filterwarnings("ignore:no source folder is known:compressed_format.CompressedFormatWarning")
+@pytest.mark.parametrize(
+    ("make", "part", "name"),
+    [
+        (tiny_llava, "model.language_model", "LlamaModel"),
+        (tiny_llava, "model.vision_tower", "CLIPVisionModel"),
+        (tiny_qwen, "model.language_model", "Qwen2_5_VLTextModel"),
+    ],
+)
+def test_a_part_of_a_composite_model_on_its_own(make: Callable[[], Any], part: str, name: str, tmp_path: Path) -> None:
+    model = make()
+    submodel = model.get_submodule(part)
+    inputs = (
+        {"pixel_values": torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
+        if name == "CLIPVisionModel"
+        else {"input_ids": torch.arange(12).reshape(1, 12)}
+    )
+    compress(submodel, weights(8))
+    expected = submodel(**inputs).last_hidden_state
+    save_compressed(submodel, tmp_path / "x")
+    assert read_config(tmp_path / "x")["architectures"] == [name]
+    loaded = load_compressed(tmp_path / "x")
+    assert type(loaded).__name__ == name
+    assert_same_bits(loaded(**inputs).last_hidden_state, expected)
+    linears = sum(isinstance(module, torch.nn.Linear) for module in submodel.modules())
+    assert sum(isinstance(module, CompressedLinear) for module in loaded.modules()) == linears
+    # The whole was not compressed, and says where it was.
+    with pytest.raises(FormatError, match=f"compress\\(\\) was called with {part} alone: save that"):
+        save_compressed(model, tmp_path / "whole")
+
+
+def test_the_folder_of_the_whole_gives_a_part_its_tokenizer_and_not_its_config(tmp_path: Path) -> None:
+    tiny_llava().save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "tokenizer.json").write_text("{}")
+    whole = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "dense")
+    part = compress(whole.model.language_model, weights(8))
+    save_compressed(part, tmp_path / "x", source=tmp_path / "dense")
+    content = read_config(tmp_path / "x")
+    assert (content["model_type"], content["architectures"]) == ("llama", ["LlamaModel"])
+    assert (tmp_path / "x" / "tokenizer.json").read_text() == "{}"
+    ids = torch.arange(12).reshape(1, 12)
+    assert_same_bits(load_compressed(tmp_path / "x")(ids)[0], part(ids)[0])

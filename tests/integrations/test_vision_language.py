@@ -16,69 +16,24 @@ import transformers
 from torch import nn
 from transformers import AutoModelForImageTextToText, LlamaConfig
 
-from compressed_format import CompressedLinear, compress, decompress, load_compressed, save_compressed
+from compressed_format import (
+    CompressedLinear,
+    QuantizationConfig,
+    compress,
+    decompress,
+    enable_transformers,
+    load_compressed,
+    save_compressed,
+)
 from compressed_format.linear import compressed_modules
 from tests.checks import assert_same_bits, assert_same_tensors
-from tests.models import VOCABULARY, read_config, read_tensors, recorded_warnings, seeded, tiny_llama, weights
+from tests.integrations.vision_language import TEXT, llava_inputs, qwen_inputs, tiny_llava, tiny_qwen
+from tests.models import read_config, read_tensors, recorded_warnings, seeded, tiny_llama, weights
 
 pytestmark = pytest.mark.filterwarnings(
     # Models built in a test come from nowhere.
     "ignore:no source folder is known:compressed_format.CompressedFormatWarning",
 )
-
-IMAGE = VOCABULARY - 1
-TEXT = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 128,
-}
-
-
-def tiny_llava() -> Any:
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.LlavaConfig(
-        text_config=LlamaConfig(**TEXT),
-        vision_config=transformers.CLIPVisionConfig(**vision, image_size=16, patch_size=8, projection_dim=32),
-        image_token_index=IMAGE,
-        tie_word_embeddings=False,
-    )
-    return seeded(transformers.LlavaForConditionalGeneration, config)
-
-
-def llava_inputs() -> dict[str, torch.Tensor]:
-    pixels = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    return {"input_ids": torch.tensor([[1, 2, *[IMAGE] * 4, 3, 4, 5]]), "pixel_values": pixels}
-
-
-def tiny_qwen() -> Any:
-    config = transformers.Qwen2_5_VLConfig(
-        text_config={**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
-                     "bos_token_id": 1, "eos_token_id": 2},
-        vision_config={"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
-                       "patch_size": 8, "spatial_merge_size": 2, "window_size": 32, "fullatt_block_indexes": [1]},
-        image_token_id=IMAGE,
-        video_token_id=IMAGE - 1,
-        vision_start_token_id=IMAGE - 2,
-        vision_end_token_id=IMAGE - 3,
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    return seeded(transformers.Qwen2_5_VLForConditionalGeneration, config)
-
-
-def qwen_inputs() -> dict[str, torch.Tensor]:
-    pixels = torch.randn(16, 3 * 2 * 8 * 8, generator=torch.Generator().manual_seed(1))
-    ids = torch.tensor([[1, IMAGE - 2, *[IMAGE] * 4, IMAGE - 3, 4, 5]])
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": (ids == IMAGE).int(),
-        "pixel_values": pixels,
-        "image_grid_thw": torch.tensor([[1, 4, 4]]),
-    }
 
 
 class Kind(NamedTuple):
@@ -164,6 +119,29 @@ def test_a_tower_ignored_in_either_naming_stays_as_it_is(name: str, naming: str,
     theirs = run(AutoModelForImageTextToText.from_pretrained(tmp_path / "x"), kind)
     assert (theirs - expected).abs().max() <= 1e-4 * expected.abs().max()
     assert (run(decompress(loaded), kind) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("naming", ["checkpoint", "memory"])
+@pytest.mark.parametrize("name", KINDS)
+def test_plain_transformers_does_the_same(name: str, naming: str, tmp_path: Path) -> None:
+    kind = KINDS[name]
+    config = weights(8, ignore=kind.ignore[naming])
+    kind.make().save_pretrained(tmp_path / "dense")
+    model = compress(kind.make(), config)
+    expected = run(model, kind)
+    save_compressed(model, tmp_path / "x")
+    with enable_transformers():
+        on_load = AutoModelForImageTextToText.from_pretrained(
+            tmp_path / "dense", quantization_config=QuantizationConfig.from_dict(config)
+        )
+        loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "x")
+    for other in (on_load, loaded):
+        assert compressed_modules(other).keys() == compressed_modules(model).keys()
+        assert_same_bits(run(other, kind), expected)
+    save_compressed(on_load, tmp_path / "again")
+    assert_same_tensors(read_tensors(tmp_path / "again"), read_tensors(tmp_path / "x"))
+    ignore = set(read_config(tmp_path / "x")["quantization_config"]["ignore"])
+    assert ignore <= set(read_config(tmp_path / "again")["quantization_config"]["ignore"])
 
 
 @pytest.mark.parametrize("naming", ["checkpoint", "memory"])
