@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -38,7 +37,10 @@ from compressed_format.expert_compression import (
 )
 from compressed_format.experts import CompressedExperts
 from compressed_format.linear import CompressedModule, compressed_modules
+from compressed_format.model_origin import is_diffusers_model, is_transformers_model
 from compressed_format.module_compression import check_modules, compress_module, plain_module, treatment
+from compressed_format.offloading import hand_over, is_offloaded, onloaded
+from compressed_format.renaming import module_names, rename_modules
 
 __all__ = [
     "announce_broken_ties",
@@ -67,7 +69,8 @@ def compress(
 
     ``config`` is a :class:`QuantizationConfig`, a mapping, the path of a JSON file or the name of a preset.
     ``calibration`` yields model inputs (mappings, tuples or single values) for static activation scales; nothing else
-    needs it. ``progress`` is called with the number of modules done and their total.
+    needs it. ``progress`` is called with the number of modules done and their total. Where transformers gives modules
+    other names in memory than in its checkpoints, ``config`` may speak of either.
 
     Everything that can go wrong is looked for before the first module is touched, and one error lists it all: group
     sizes that do not divide, number formats that cannot be quantized, modules without data, NaN. One module is
@@ -78,7 +81,9 @@ def compress(
     config = read_config(config)
     if compressed_modules(model):
         raise QuantizationError("the model holds compressed modules already; decompress() it first")
-    resolution = planned(model, config)
+    names = _model_names(model)
+    resolution = planned(model, rename_modules(config, names, keep=False))
+    config = rename_modules(config, names, keep=True)
     modules = {name: module for name, module in model.named_modules() if name in resolution.assignments}
     stacks = {
         name: (module, stack, assignments)
@@ -105,7 +110,11 @@ def compress(
         if name in modules:
             assignment = resolution.assignments[name]
             at = places.pop(id(modules[name]))
-            compressed = compress_module(modules.pop(name), assignment, activation_scales.pop(name, {}), name)
+            dense = modules.pop(name)
+            with onloaded(dense, name):
+                compressed = compress_module(dense, assignment, activation_scales.pop(name, {}), name)
+            hand_over(dense, compressed, name)
+            del dense
             if name in ties:
                 compressed.share_weight(tied.setdefault((ties[name], treatment(assignment)), compressed))
         else:
@@ -116,7 +125,7 @@ def compress(
         if progress is not None:
             progress(done, total)
     attach_config(model, config)
-    _tell_transformers(model, config)
+    _tell_library(model, config)
     return model
 
 
@@ -151,14 +160,20 @@ def decompress(model: nn.Module) -> nn.Module:
         raise TargetError("cannot be replaced in place, for it is the model itself; put it into an nn.Sequential")
     places = places_of_modules(model)
     dense: dict[Any, nn.Parameter] = {}
-    for module in [module for module in model.modules() if isinstance(module, CompressedExperts)]:
-        for parent, child in places[id(module)]:
-            setattr(parent, child, plain_experts(module))
-    for module in list(compressed_modules(model).values()):
+    for experts in [module for module in model.modules() if isinstance(module, CompressedExperts)]:
+        for parent, child in places[id(experts)]:
+            setattr(parent, child, plain_experts(experts))
+    for name, module in compressed_modules(model).items():
         key = id(module._parameters[module._weight_name]), module.dtype
-        if key not in dense:
-            dense[key] = nn.Parameter(module.dequantized_weight(), requires_grad=True)
-        plain = plain_module(module, dense[key])
+        if is_offloaded(module):
+            # What is offloaded is kept for each module by itself, and one at a time is in memory.
+            with onloaded(module, name):
+                plain = plain_module(module, nn.Parameter(module.dequantized_weight(), requires_grad=True))
+        else:
+            if key not in dense:
+                dense[key] = nn.Parameter(module.dequantized_weight(), requires_grad=True)
+            plain = plain_module(module, dense[key])
+        hand_over(module, plain, name)
         for parent, child in places[id(module)]:
             setattr(parent, child, plain)
     _forget_config(model)
@@ -195,13 +210,29 @@ def config_of(model: nn.Module) -> QuantizationConfig | None:
     return config if isinstance(config, QuantizationConfig) else None
 
 
-def _tell_transformers(model: nn.Module, config: QuantizationConfig) -> None:
-    """Give a transformers model what ``from_pretrained`` gives a quantized one, so that it saves itself as one."""
-    library = sys.modules.get("transformers")
-    if library is not None and isinstance(model, library.PreTrainedModel):
+def _model_names(model: nn.Module) -> dict[str, str]:
+    """The name in ``model`` of each module by its name in a checkpoint, from which transformers' may differ."""
+    if not is_transformers_model(model):
+        return {}
+    from compressed_format.integrations.checkpoint_names import stored_tensors
+
+    # Only names matter, so tensors without values stand in.
+    stand_ins = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
+    stored = module_names(stored_tensors(model, stand_ins, ()).names)
+    return {checkpoint: own for own, checkpoint in stored.items()}
+
+
+def _tell_library(model: nn.Module, config: QuantizationConfig) -> None:
+    """Give a model of transformers what ``from_pretrained`` gives a quantized one, so that it saves itself as one; and
+    one of diffusers likewise."""
+    if is_transformers_model(model):
         from compressed_format.integrations.quantizer import attach_quantizer
 
         attach_quantizer(model, config)
+    elif is_diffusers_model(model):
+        from compressed_format.integrations import diffusers
+
+        diffusers.attach(model, config)
 
 
 def _forget_config(model: nn.Module) -> None:
@@ -210,6 +241,14 @@ def _forget_config(model: nn.Module) -> None:
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
+    if is_diffusers_model(model):
+        from compressed_format.integrations import diffusers
+
+        diffusers.detach(model)
+    elif is_transformers_model(model):
+        from compressed_format.integrations.transformers import restore_ties
+
+        restore_ties(model)
 
 
 def _activation_scales(
