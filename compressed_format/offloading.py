@@ -25,10 +25,10 @@ from torch import nn
 
 from compressed_format.errors import CheckpointError, FormatError, Problem
 
-__all__ = ["hand_over", "is_offloaded", "moves_parameters", "offloaded_state", "onloaded", "original_forward"]
+__all__ = ["hand_over", "is_offloaded", "means_parameter", "offloaded_state", "onloaded", "original_forward"]
 
-# Those of its modules that take parameters from `getattr(module, name)`, to move and to replace them; torch's and
-# transformers' that do so with tensors split between processes.
+# Python modules that take parameters from `getattr(module, name)`, to move and to replace them: accelerate's; torch's
+# and transformers' that do so with tensors split between processes.
 _MOVERS = frozenset(
     {
         "accelerate.utils.modeling",
@@ -39,12 +39,13 @@ _MOVERS = frozenset(
 )
 
 
-def moves_parameters(caller: FrameType) -> bool:
-    """Whether it is accelerate that reads ``module.weight``, and means the parameter of that name.
+def means_parameter(caller: FrameType) -> bool:
+    """Whether whoever reads ``module.weight`` means the parameter of that name, and not the weight it stands for.
 
-    It would cast the codes of an offloaded weight to the dtype of the dense one, and move the dense one in their place.
+    It is ``get_parameter``, or one of the movers. accelerate would cast the codes of an offloaded weight to the dtype
+    of the dense one, and move that in their place.
     """
-    return caller.f_globals.get("__name__") in _MOVERS
+    return caller.f_code is nn.Module.get_parameter.__code__ or caller.f_globals.get("__name__") in _MOVERS
 
 
 class _Store:
