@@ -186,7 +186,8 @@ def _activation_splits(
 ) -> list[_Split]:
     """Groups of activations that are split with the dimension ``of`` of the weight, stored scales or not."""
     size = 0 if args is None else activation_group_size(args)
-    if of != dim or size <= 0:
+    # A single group is a whole token.
+    if of != dim or not 0 < size < shape[dim]:
         return []
     stored = [f"{name}_{suffix}" for suffix in ("scale", "zero_point") if f"{name}_{suffix}" in tensors]
     count = -(-shape[dim] // size)

@@ -21,7 +21,9 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from compressed_format import ops
 from compressed_format.activations import WHOLE_TENSOR, WHOLE_TOKEN
 from compressed_format.dtypes import DTYPES
-from compressed_format.errors import Problem, UnsupportedFormatError
+from compressed_format.errors import FormatError, Problem, UnsupportedFormatError
+from compressed_format.formats import SPARSITY_FORMATS, PackLayout, pack_layout
+from compressed_format.formats.base import check_scales, decode_g_idx
 from compressed_format.linear import CompressedEmbedding, CompressedLinear, CompressedModule
 from compressed_format.scales import scale_of_range
 from compressed_format.sharding import ShardPlan, plan_sharding
@@ -84,6 +86,46 @@ class Sharding:
         rows = rows.to(module.dtype)
         return self._finish(module, rows, isinstance(indices, DTensor), split=self.plan.dim == 1)
 
+    def problems(self, module: CompressedModule, version: str | None, place: str) -> list[Problem]:
+        """What is wrong with the values of this process's part, that only the values tell.
+
+        ``version`` is that of the config of the checkpoint, and ``place`` the module's name.
+        """
+        tensors = local_tensors(module)
+        found = []
+        try:
+            for suffix in tensors.keys() & {"weight_scale", "input_scale", "output_scale"}:
+                check_scales(tensors[suffix], f"{place}.{suffix}")
+            if "weight_g_idx" in tensors:
+                columns = self.plan.columns(self.mesh.get_local_rank())
+                groups = tensors["weight_scale"].shape[-1]
+                if decode_g_idx(tensors["weight_g_idx"], columns, groups, place) is None:
+                    found.append(Problem(f"{place}.weight_g_idx", f"was never set; {_ONE_PROCESS}"))
+        except FormatError as error:
+            found.extend(error.problems)
+        for suffix in tensors.keys() & {"weight_shape", "shape"}:
+            said = tensors[suffix].flatten().tolist()
+            if said != list(self.plan.shape):
+                message = f"says {said}, but the module's weight is {list(self.plan.shape)}"
+                found.append(Problem(f"{place}.{suffix}", message))
+        if "weight_packed" in tensors and self.plan.dim == 0:
+            # Parts of columns are whole words in one of the two layouts only.
+            packed, bits = tensors["weight_packed"], module._layout[0]
+            if pack_layout(packed, bits, self.plan.shape[1], version=version, place=place) is not PackLayout.DENSE:
+                message = f"is stored in the word-aligned layout of old releases; {_ONE_PROCESS}"
+                found.append(Problem(f"{place}.weight_packed", message))
+        if module.sparsity is not None and not found:
+            rows, columns = (
+                tensors["bitmask"].shape[0],
+                self.plan.columns(self.mesh.get_local_rank()),
+            )
+            shape = tensors["shape"].new_tensor([rows, columns]).reshape(tensors["shape"].shape)
+            try:
+                SPARSITY_FORMATS[module.sparsity].checked_mask({**tensors, "shape": shape}, place=place)
+            except FormatError as error:
+                found.extend(error.problems)
+        return found
+
     def _local_input(self, input: torch.Tensor, placement: Placement) -> torch.Tensor:
         if not isinstance(input, DTensor):
             if not input.requires_grad:
@@ -143,10 +185,12 @@ class Sharding:
         processes first, so that codes are those of the unsplit module.
         """
         scale, zero_point = tensors.get(f"{name}_scale"), tensors.get(f"{name}_zero_point")
-        group_size = arguments[-1]
+        bits, is_float, symmetric, group_size = arguments
+        if split and group_size >= self.plan.shape[self.plan.dim]:
+            group_size = WHOLE_TOKEN if scale is None else WHOLE_TENSOR
         if split and scale is None and group_size in (WHOLE_TENSOR, WHOLE_TOKEN) and values.numel():
-            scale, zero_point = self._scale_of_all_columns(values.detach(), *arguments)
-        return ops.fake_quantize(values, scale, zero_point, *arguments)
+            scale, zero_point = self._scale_of_all_columns(values.detach(), bits, is_float, symmetric, group_size)
+        return ops.fake_quantize(values, scale, zero_point, bits, is_float, symmetric, group_size)
 
     def _scale_of_all_columns(
         self, values: torch.Tensor, bits: int, is_float: bool, symmetric: bool, group_size: int
@@ -161,6 +205,9 @@ class Sharding:
         lowest, highest = (-largest, largest) if is_float else (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
         stored = torch.float8_e4m3fn if is_float else torch.int8
         return scale_of_range(-negated, maximum, lowest, highest, None if symmetric else stored)
+
+
+_ONE_PROCESS = "load the checkpoint in one process, which re-encodes it, and save it again"
 
 
 def plan_of(module: CompressedModule, dim: int, parts: int, place: str = "") -> ShardPlan:
@@ -215,17 +262,27 @@ def shard_tensor(
 
 def add_layout_hooks(module: CompressedModule, mesh: DeviceMesh, layouts: Layouts) -> None:
     """Make a split ``module`` take inputs and give outputs in ``layouts``."""
+    assert isinstance(module._sharding, Sharding)
+    of_linear, by_rows = isinstance(module, nn.Linear), module._sharding.plan.dim == 0
+    wanted: Placement = Replicate() if by_rows or not of_linear else Shard(-1)
+    given: Placement = Shard(-1) if by_rows == of_linear else Replicate()
+    # A forward that does more than these computes on plain tensors.
+    plain = type(module).forward not in (CompressedLinear.forward, CompressedEmbedding.forward)
 
     def prepare_input(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        input = inputs[0]
+        input: Any = inputs[0]
         if not isinstance(input, DTensor):
             input = DTensor.from_local(input, mesh, [layouts.input], run_check=False)
+        if plain:
+            input = input.redistribute(placements=[wanted]).to_local()
         return (input, *inputs[1:])
 
-    def prepare_output(_: nn.Module, inputs: tuple[Any, ...], output: DTensor) -> torch.Tensor:
+    def prepare_output(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> torch.Tensor:
+        if not isinstance(output, DTensor):
+            output = DTensor.from_local(output, mesh, [given], run_check=False)
         if tuple(output.placements) != (_positive(layouts.output, output.ndim),):
             output = output.redistribute(placements=[layouts.output])
-        return output.to_local() if layouts.use_local_output else output
+        return cast(torch.Tensor, output.to_local() if layouts.use_local_output else output)
 
     module.register_forward_pre_hook(prepare_input)
     module.register_forward_hook(prepare_output)

@@ -27,6 +27,10 @@ def load_pretrained(
     path: Path, config: QuantizationConfig, *, dtype: torch.dtype | None, **from_pretrained: Any
 ) -> nn.Module:
     """Load a Hugging Face folder. ``from_pretrained`` goes to transformers; the rest is :func:`load_compressed`'s."""
+    if not from_pretrained.keys().isdisjoint(("tp_plan", "tp_size")):
+        from compressed_format.integrations.tensor_parallel import with_distributed_config
+
+        from_pretrained = with_distributed_config(from_pretrained)
     trust = {key: from_pretrained[key] for key in ("trust_remote_code",) if key in from_pretrained}
     try:
         model_config = transformers.AutoConfig.from_pretrained(path, **trust)

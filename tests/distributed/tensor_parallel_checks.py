@@ -60,6 +60,7 @@ CONFIGS: dict[str, Any] = {
     "int8 by tensor, asymmetric": _config(8, _TENSOR),
     "int8 static": _config(8, _STATIC),
     "int8 by groups": _config(8, _GROUPS),
+    "int8 by one group": _config(8, {**_GROUPS, "group_size": 2 * WIDTH, "dynamic": True}),
     "int8 in and out": _config(8, _TOKEN, _TOKEN),
     "int8 block": _config(8, _TOKEN, **_BLOCK),
     "int8 asymmetric": _config(8, _TOKEN, symmetric=False),
