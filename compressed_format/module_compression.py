@@ -16,6 +16,7 @@ from compressed_format.errors import CompressedFormatError, Problem, Quantizatio
 from compressed_format.formats import SPARSITY_FORMATS, format_named, prune_2_of_4
 from compressed_format.formats.module import check_runnable
 from compressed_format.linear import CompressedEmbedding, CompressedLinear, CompressedModule
+from compressed_format.offloading import is_offloaded, onloaded, original_forward
 from compressed_format.quantization import QuantizedWeight, group_size_problem, quantize, weight_scales
 
 __all__ = [
@@ -73,7 +74,8 @@ def check_modules(modules: Mapping[str, nn.Module], resolution: TargetResolution
             else:
                 found = () if error is None else error.problems
                 if error is None and values:
-                    found = value_problems(module, assignment)
+                    with onloaded(module, name):
+                        found = value_problems(module, assignment)
                 messages = [problem.message for problem in found]
         for problem in refused:
             unsupported[problem.message].append(name)
@@ -168,10 +170,10 @@ def _problems(name: str, module: nn.Module, assignment: Assignment, values: bool
         yield f"{type(module).__name__} is neither torch's Linear nor its Embedding; list it in ignore"
         return
     base = nn.Linear if isinstance(module, nn.Linear) else nn.Embedding
-    if "forward" in vars(module) or type(module).forward is not base.forward:
+    if original_forward(module) is not base.forward:
         found = f"{type(module).__name__} computes something of its own in forward"
-        if "forward" in vars(module):
-            found = "its forward has been replaced on the object itself (as the hooks of accelerate do)"
+        if type(module).forward is base.forward:
+            found = "its forward has been replaced on the object itself"
         yield f"{found}, which a compressed module would lose; list it in ignore"
         return
     weight = module._parameters.get("weight")
@@ -180,7 +182,7 @@ def _problems(name: str, module: nn.Module, assignment: Assignment, values: bool
             "its weight is no parameter, but computed (by a parametrization, weight normalisation or pruning) or gone; "
             "make it a parameter first, or list the module in ignore"
         )
-    elif (values and weight.is_meta) or isinstance(weight, nn.UninitializedParameter):
+    elif (values and weight.is_meta and not is_offloaded(module)) or isinstance(weight, nn.UninitializedParameter):
         yield "its weight is on the meta device or uninitialized and holds no data; load the model first"
     elif not weight.is_floating_point() or weight.element_size() < 2:
         yield f"its weight has dtype {weight.dtype}, expected a float of 16 bits or more"
