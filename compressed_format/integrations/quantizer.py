@@ -254,16 +254,16 @@ class CompressedFormatQuantizer(HfQuantizer):
 def _share(model: Any, *, compressed: bool = True) -> None:
     """Prepare a model that is going to be split between processes."""
     if getattr(model.config, "distributed_config", None) is not None:
-        from compressed_format.integrations.tensor_parallel import serve_plan
+        from compressed_format.integrations.tensor_parallel import serve_styles
 
-        serve_plan(model, compressed=compressed)
+        serve_styles(model, compressed=compressed)
 
 
 def _have_shared(model: Any) -> None:
     if getattr(model.config, "distributed_config", None) is not None:
-        from compressed_format.integrations.tensor_parallel import refuse_other_splits, restore_plan
+        from compressed_format.integrations.tensor_parallel import refuse_other_splits, restore_styles
 
-        restore_plan(model)
+        restore_styles()
         refuse_other_splits(model)
 
 

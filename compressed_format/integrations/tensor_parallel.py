@@ -1,30 +1,29 @@
 """transformers' tensor parallelism: its plans and styles, for models whose modules are compressed or not.
 
 transformers applies its styles before it loads tensors, and each process then reads its part of each file. While a
-model is loaded, the styles of its plan go by names of our own, under which compressed modules are split as
-:mod:`compressed_format.sharding` says; others are left to the style of transformers.
+compressed model is loaded, styles of our own stand in for them: they split compressed modules as
+:mod:`compressed_format.sharding` says, and leave all others to the styles of transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
-from transformers.distributed import DistributedConfig
 from transformers.distributed import tensor_parallel as transformers_parallel
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from compressed_format.errors import Problem, UnsupportedFormatError
 from compressed_format.linear import CompressedEmbedding, CompressedLinear, CompressedModule, is_split
 from compressed_format.tensor_parallel import Layouts, Sharding, add_layout_hooks, plan_of, shard_tensor
 
-__all__ = ["refuse_other_splits", "restore_plan", "serve_plan", "with_distributed_config"]
+__all__ = ["refuse_other_splits", "restore_styles", "serve_styles", "with_distributed_config"]
 
 # Any, because releases differ in where these come from.
 _STYLES: Any = vars(transformers_parallel)["ALL_PARALLEL_STYLES"]
 _wildcard: Any = vars(transformers_parallel)["replace_layer_number_by_wildcard"]
-_PREFIX = "compressed_format:"
 _WHOLE = Layouts(Replicate(), Replicate())
 # By style: the dimension that is split of a Linear's weight, and of an Embedding's, where it is meant for them.
 _SERVED: dict[str, tuple[int | None, int | None, Layouts]] = {
@@ -86,8 +85,8 @@ def with_distributed_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, "distributed_config": config}
 
 
-def serve_plan(model: Any, *, compressed: bool = True) -> None:
-    """Before ``model`` is split: make the styles of its plan those that split compressed modules too.
+def serve_styles(model: Any, *, compressed: bool = True) -> None:
+    """Before ``model`` is split: make transformers' styles those that split compressed modules too.
 
     Nothing happens to a model that is not going to be split. ``compressed`` says whether it is, already.
 
@@ -100,23 +99,24 @@ def serve_plan(model: Any, *, compressed: bool = True) -> None:
     if not compressed:
         message = "a model cannot be compressed while its parts are loaded by different processes; compress and save it"
         raise UnsupportedFormatError(f"{type(model).__name__}: {message} in one, and load that")
-    plans = _plans(model)
-    problems = [problem for plan in plans for problem in _problems(model, plan)]
+    given = getattr(requested, "tp_plan", None)
+    plan = {**(model._tp_plan or {}), **(given if isinstance(given, Mapping) else {})}
+    problems = list(_problems(model, plan))
     if problems:
         raise UnsupportedFormatError(f"{type(model).__name__} cannot be split like this:", problems)
-    for plan in plans:
-        for name, style in plan.items():
-            if style in _SERVED and style in _STYLES:
-                if _PREFIX + style not in _STYLES:
-                    _STYLES.register(_PREFIX + style, _Style(style))
-                plan[name] = _PREFIX + style
+    for name in _SERVED:
+        if name in _STYLES and not isinstance(_STYLES[name], _Style):
+            _STYLES[name] = _Style(name)
 
 
-def restore_plan(model: Any) -> None:
-    """After ``model`` is loaded: its plan says again what it said, for everything in transformers that asks."""
-    for plan in _plans(model):
-        for name, style in plan.items():
-            plan[name] = style.removeprefix(_PREFIX)
+def restore_styles() -> None:
+    """After a model is loaded: the names of styles mean again what they meant."""
+    for name in _SERVED:
+        style = _STYLES.get(name)
+        if isinstance(style, _Style):
+            del _STYLES[name]
+            if _STYLES.get(name) is not style.original:
+                _STYLES[name] = style.original
 
 
 def refuse_other_splits(model: nn.Module) -> None:
@@ -137,13 +137,7 @@ def _is_fully_sharded(module: nn.Module) -> bool:
     return bool(getattr(module, "_is_fsdp_managed_module", False))
 
 
-def _plans(model: Any) -> list[MutableMapping[str, str]]:
-    """The model's own plan, and what the caller of ``from_pretrained`` puts in its place."""
-    given = getattr(getattr(model.config, "distributed_config", None), "tp_plan", None)
-    return [plan for plan in (model._tp_plan, given) if isinstance(plan, MutableMapping)]
-
-
-def _problems(model: nn.Module, plan: MutableMapping[str, str]) -> Iterator[Problem]:
+def _problems(model: nn.Module, plan: Mapping[str, str]) -> Iterator[Problem]:
     for name, module in model.named_modules():
         style = plan.get(_wildcard(name), "replicate")
         inside = [part for part in module.modules() if isinstance(part, CompressedModule)]
