@@ -35,12 +35,14 @@ from compressed_format.expert_compression import (
     plain_experts,
     projection_assignments,
 )
-from compressed_format.experts import CompressedExperts
+from compressed_format.experts import CompressedExpertLinear, CompressedExperts
+from compressed_format.left_dense import left_dense
 from compressed_format.linear import CompressedModule, compressed_modules
 from compressed_format.model_origin import is_diffusers_model, is_transformers_model
 from compressed_format.module_compression import check_modules, compress_module, plain_module, treatment
-from compressed_format.offloading import hand_over, is_offloaded, onloaded
+from compressed_format.offloading import hand_over, is_kept_around, is_offloaded, onloaded
 from compressed_format.renaming import module_names, rename_modules
+from compressed_format.unserved import transposed_layers
 
 __all__ = [
     "announce_broken_ties",
@@ -51,6 +53,7 @@ __all__ = [
     "places_of_modules",
     "planned",
     "read_config",
+    "tell_library",
 ]
 
 _CONFIG_ATTRIBUTE = "compressed_format_config"
@@ -125,7 +128,7 @@ def compress(
         if progress is not None:
             progress(done, total)
     attach_config(model, config)
-    _tell_library(model, config)
+    tell_library(model, config)
     return model
 
 
@@ -135,11 +138,11 @@ def planned(model: nn.Module, config: QuantizationConfig) -> TargetResolution:
     Raises :class:`TargetError` if it reaches none.
     """
     resolution = resolve_targets(model, config)
+    ignored = resolution.ignored
+    found = [*transposed_layers(model, ignored), *left_dense(model, ignored), *resolution.warnings]
     if not resolution.assignments:
-        raise TargetError(
-            "the config reaches no module of this model, so nothing would be compressed:", resolution.warnings
-        )
-    for problem in resolution.warnings:
+        raise TargetError("the config reaches no module of this model, so nothing would be compressed:", found)
+    for problem in found:
         warnings.warn(str(problem), CompressedFormatWarning, stacklevel=3)
     if config.kv_cache_scheme is not None:
         message = (
@@ -158,6 +161,7 @@ def decompress(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, CompressedModule):
         raise TargetError("cannot be replaced in place, for it is the model itself; put it into an nn.Sequential")
+    _refuse_offloaded(model)
     places = places_of_modules(model)
     dense: dict[Any, nn.Parameter] = {}
     for experts in [module for module in model.modules() if isinstance(module, CompressedExperts)]:
@@ -178,6 +182,19 @@ def decompress(model: nn.Module) -> nn.Module:
             setattr(parent, child, plain)
     _forget_config(model)
     return model
+
+
+def _refuse_offloaded(model: nn.Module) -> None:
+    """Raise :class:`UnsupportedFormatError` for modules whose dense weights could not take the place of packed ones."""
+    problems = []
+    for name, module in compressed_modules(model).items():
+        experts = isinstance(module, CompressedExpertLinear) and is_offloaded(module)
+        if experts or is_kept_around(model, name):
+            what = "an expert's" if experts else "a block's"
+            message = f"is offloaded by accelerate as {what}; remove_hook_from_submodules() it first, or load it whole"
+            problems.append(Problem(name, message))
+    if problems:
+        raise UnsupportedFormatError("the model cannot be decompressed:", problems)
 
 
 def read_config(config: ConfigLike) -> QuantizationConfig:
@@ -214,15 +231,12 @@ def _model_names(model: nn.Module) -> dict[str, str]:
     """The name in ``model`` of each module by its name in a checkpoint, from which transformers' may differ."""
     if not is_transformers_model(model):
         return {}
-    from compressed_format.integrations.checkpoint_names import stored_tensors
+    from compressed_format.integrations.checkpoint_names import checkpoint_names
 
-    # Only names matter, so tensors without values stand in.
-    stand_ins = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
-    stored = module_names(stored_tensors(model, stand_ins, ()).names)
-    return {checkpoint: own for own, checkpoint in stored.items()}
+    return {stored: own for own, stored in module_names(checkpoint_names(model)).items()}
 
 
-def _tell_library(model: nn.Module, config: QuantizationConfig) -> None:
+def tell_library(model: nn.Module, config: QuantizationConfig) -> None:
     """Give a model of transformers what ``from_pretrained`` gives a quantized one, so that it saves itself as one; and
     one of diffusers likewise."""
     if is_transformers_model(model):

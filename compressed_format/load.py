@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from compressed_format.checkpoint import TensorSpec, read_checkpoint
-from compressed_format.compression import attach_config, config_of
+from compressed_format.compression import attach_config, config_of, tell_library
 from compressed_format.config import QuantizationConfig
 from compressed_format.config.json_text import parse_json, read_bytes
 from compressed_format.dtypes import torch_dtype
@@ -165,6 +165,7 @@ def _fill(
     usual = _usual_dtype(sizes[name] for name in uncompressed) or _usual_dtype(sizes.values())
     skeleton.finish(dtype or usual)
     attach_config(model, skeleton.config)
+    tell_library(model, skeleton.config)
     return model
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -16,8 +16,9 @@ from compressed_format.errors import CompressedFormatError, Problem, Quantizatio
 from compressed_format.formats import SPARSITY_FORMATS, format_named, prune_2_of_4
 from compressed_format.formats.module import check_runnable
 from compressed_format.linear import CompressedEmbedding, CompressedLinear, CompressedModule
-from compressed_format.offloading import is_offloaded, onloaded, original_forward
+from compressed_format.offloading import is_offloaded, onloaded
 from compressed_format.quantization import QuantizedWeight, group_size_problem, quantize, weight_scales
+from compressed_format.subclasses import blank_successor, carry_attributes, original_class, subclass_problem
 
 __all__ = [
     "check_modules",
@@ -126,12 +127,20 @@ def compressed_successor(
     """A compressed module of ``tensors`` in place of a plain one, with its bias, hooks and mode."""
     weight, sparsity = module.weight, assignment.sparsity
     described = (tensors, (weight.shape[0], weight.shape[1]), assignment.scheme, assignment.format)
-    compressed: CompressedModule
+    compressed = blank_successor(module)
     if isinstance(module, nn.Linear):
-        compressed = CompressedLinear(*described, sparsity=sparsity, bias=module.bias, dtype=weight.dtype)
+        CompressedLinear.__init__(
+            cast(CompressedLinear, compressed), *described, sparsity=sparsity, bias=module.bias, dtype=weight.dtype
+        )
     else:
-        padding_idx = module.padding_idx
-        compressed = CompressedEmbedding(*described, sparsity=sparsity, padding_idx=padding_idx, dtype=weight.dtype)
+        CompressedEmbedding.__init__(
+            cast(CompressedEmbedding, compressed),
+            *described,
+            sparsity=sparsity,
+            padding_idx=module.padding_idx,
+            dtype=weight.dtype,
+        )
+    carry_attributes(module, compressed)
     return _succeed(module, compressed)
 
 
@@ -142,15 +151,14 @@ def out_features(module: nn.Linear | nn.Embedding) -> int:
 
 
 def plain_module(module: CompressedModule, weight: nn.Parameter) -> nn.Module:
-    """A plain module with ``weight`` in place of a compressed one, with its bias, hooks and mode."""
-    plain: nn.Linear | nn.Embedding
+    """A module of the original class with ``weight`` in place of a compressed one, with all else that it has."""
+    kind = original_class(module)
+    plain = kind.__new__(kind)
+    nn.Module.__init__(plain)
+    plain._parameters["weight"] = weight
     if isinstance(module, CompressedLinear):
-        plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
         plain._parameters["bias"] = module._parameters["bias"]
-    else:
-        assert isinstance(module, CompressedEmbedding)
-        plain = nn.Embedding(module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx, device="meta")
-    plain.weight = weight
+    carry_attributes(module, plain)
     return _succeed(module, plain)
 
 
@@ -169,13 +177,6 @@ def _problems(name: str, module: nn.Module, assignment: Assignment, values: bool
     if not isinstance(module, (nn.Linear, nn.Embedding)):
         yield f"{type(module).__name__} is neither torch's Linear nor its Embedding; list it in ignore"
         return
-    base = nn.Linear if isinstance(module, nn.Linear) else nn.Embedding
-    if original_forward(module) is not base.forward:
-        found = f"{type(module).__name__} computes something of its own in forward"
-        if type(module).forward is base.forward:
-            found = "its forward has been replaced on the object itself"
-        yield f"{found}, which a compressed module would lose; list it in ignore"
-        return
     weight = module._parameters.get("weight")
     if weight is None:
         yield (
@@ -189,6 +190,9 @@ def _problems(name: str, module: nn.Module, assignment: Assignment, values: bool
     elif weight.numel() == 0:
         yield f"its weight of shape {list(weight.shape)} is empty; list it in ignore"
     else:
+        problem = subclass_problem(module)
+        if problem is not None:
+            yield f"{problem}; list it in ignore"
         yield from _misfits(module, assignment)
 
 

@@ -1,8 +1,8 @@
-"""What a config asks for that cannot be run correctly here: told before anything is loaded, by feature and place."""
+"""What a config asks for that cannot be run correctly here, and what of a model no config can ask for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from torch import nn
 
@@ -11,7 +11,7 @@ from compressed_format.errors import Problem, UnsupportedFormatError
 from compressed_format.formats.module import check_runnable
 from compressed_format.subclasses import subclass_problem
 
-__all__ = ["refuse_what_cannot_run", "unserved"]
+__all__ = ["refuse_what_cannot_run", "transposed_layers", "unserved"]
 
 _ONLINE_LOCATIONS = frozenset({"input", "output", "k_cache", "q_attn"})
 
@@ -49,6 +49,23 @@ def refuse_what_cannot_run(model: nn.Module, config: QuantizationConfig, assignm
     problems += _online_transforms(config)
     if problems:
         raise UnsupportedFormatError("the checkpoint needs what cannot be run correctly here:", problems)
+
+
+def transposed_layers(model: nn.Module, ignored: Container[str]) -> list[Problem]:
+    """That ``model`` is made of transformers' Conv1D, as GPT-2 is, which the target Linear does not reach."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if any(kind.__name__ == "Conv1D" for kind in type(module).__mro__) and name not in ignored
+    ]
+    if not names:
+        return []
+    counted = "is a Conv1D, which holds its weight" if len(names) == 1 else f"{len(names)} Conv1D modules hold weights"
+    message = (
+        f"{counted} transposed, [in, out]; no target can compress that, and it stays dense. Put an nn.Linear in the "
+        "place of each, with weight.T for its weight and the same bias, or list them in ignore"
+    )
+    return [Problem(names[0] + (", …" if len(names) > 1 else ""), message)]
 
 
 def _attention_targets(config: QuantizationConfig) -> dict[str, str]:

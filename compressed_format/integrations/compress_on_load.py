@@ -65,6 +65,7 @@ class CompressionOnLoad:
         self._places = places_of_modules(model)
         self._problems: list[Problem] = []
         self._taken: list[nn.Module] = []
+        self._twins: list[tuple[CompressedModule, CompressedModule]] = []
 
     def takes(self, name: str) -> bool:
         """Whether the tensor ``name`` of the dense model becomes part of a compressed module."""
@@ -110,9 +111,11 @@ class CompressionOnLoad:
                 tensors |= {f"{place}.{suffix}": value for suffix, value in _emptied(compressed)}
                 twins[treatment(assignment)] = compressed
             else:
-                compressed.share_weight(twin)
+                self._twins.append((compressed, twin))
                 missing |= {f"{place}.{suffix}" for suffix in compressed._parameters if suffix != "bias"}
             self._put(module, compressed)
+        for compressed, twin in self._twins:
+            compressed.share_weight(twin)  # again and again, for transformers puts new parameters into the twin
         retie(self.model)
         return tensors
 
@@ -159,7 +162,8 @@ class CompressionOnLoad:
     def _put(self, module: nn.Module, compressed: nn.Module) -> None:
         """``compressed`` in every place of ``module``; its tensors need no initialisation."""
         for part in compressed.modules():
-            part._is_hf_initialized = True  # type: ignore[assignment]  # a flag of transformers
+            # A flag of transformers, which computes buffers that are in no checkpoint.
+            part._is_hf_initialized = not part._buffers  # type: ignore[assignment]
         for parent, child in self._places[id(module)]:
             setattr(parent, child, compressed)
         self._taken.append(compressed)

@@ -15,14 +15,16 @@ from torch import nn
 from tests.models import token_ids
 
 
-def compress_with_peer(model: Any, config: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
+def compress_with_peer(
+    model: Any, config: dict[str, Any], folder: Path, inputs: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
     """Compress a dense transformers model by a ``quantization_config`` object, and save it to ``folder``.
 
-    Scales come from minima and maxima; those of static activations from one batch of :func:`token_ids`. Returns the
-    dense weight that each quantized module now stands for, as the peer itself rounds it.
+    Scales come from minima and maxima; those of static activations from one batch, ``inputs`` or :func:`token_ids`.
+    Returns the dense weight that each quantized module now stands for, as the peer itself rounds it.
     """
     rounded: dict[str, torch.Tensor] = {}
-    inputs = _observed_inputs(model)
+    observed = _observed_inputs(model, inputs or {"input_ids": token_ids()})
     apply_quantization_config(model, QuantizationConfig.model_validate(config))
     for name, module in model.named_modules():
         if not is_module_quantized(module):
@@ -33,7 +35,7 @@ def compress_with_peer(model: Any, config: dict[str, Any], folder: Path) -> dict
         rounded[f"{name}.weight"] = fake_quantize(module.weight.data, scale, zero_point, scheme.weights)
         activations = scheme.input_activations
         if activations is not None and not activations.dynamic:
-            _set(module, "input", *(bound.reshape(1) for bound in inputs[name]), activations)
+            _set(module, "input", *(bound.reshape(1) for bound in observed[name]), activations)
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
     model.save_pretrained(folder)
@@ -62,7 +64,7 @@ def _weight_range(weight: torch.Tensor, args: QuantizationArgs) -> tuple[torch.T
     return blocks.amin(dim=(1, 3)), blocks.amax(dim=(1, 3))
 
 
-def _observed_inputs(model: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def _observed_inputs(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """The smallest and the largest value that goes into each Linear."""
     observed: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -75,7 +77,7 @@ def _observed_inputs(model: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Te
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     handles = [module.register_forward_pre_hook(watch(name)) for name, module in linears]
     with torch.no_grad():
-        model(token_ids())
+        model(**batch)
     for handle in handles:
         handle.remove()
     return observed
