@@ -24,8 +24,10 @@ from compressed_format.errors import (
     CalibrationError,
     CompressedFormatWarning,
     ConfigError,
+    Problem,
     QuantizationError,
     TargetError,
+    UnsupportedFormatError,
 )
 from compressed_format.expert_compression import (
     compress_experts,
@@ -190,8 +192,10 @@ def _refuse_offloaded(model: nn.Module) -> None:
     for name, module in compressed_modules(model).items():
         experts = isinstance(module, CompressedExpertLinear) and is_offloaded(module)
         if experts or is_kept_around(model, name):
-            what = "an expert's" if experts else "a block's"
-            message = f"is offloaded by accelerate as {what}; remove_hook_from_submodules() it first, or load it whole"
+            what = "stacked experts" if experts else "a part of the block around it"
+            message = (
+                f"is offloaded by accelerate as {what}; remove its hooks first, or load the model without offloading"
+            )
             problems.append(Problem(name, message))
     if problems:
         raise UnsupportedFormatError("the model cannot be decompressed:", problems)
@@ -246,7 +250,7 @@ def tell_library(model: nn.Module, config: QuantizationConfig) -> None:
     elif is_diffusers_model(model):
         from compressed_format.integrations import diffusers
 
-        diffusers.attach(model, config)
+        diffusers.attach(model)
 
 
 def _forget_config(model: nn.Module) -> None:

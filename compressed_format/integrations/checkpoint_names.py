@@ -115,7 +115,7 @@ def projection_names(model: nn.Module) -> dict[str, tuple[ExpertStack, dict[str,
     tails = {}
     for stored, tensor in reverted.items():
         parts = stored.split(".")
-        if tuple(tensor.shape) == (1, 1) and len(parts) > 3 and parts[-3] == "0" and parts[-1] == "weight":
+        if tensor.numel() == 1 and len(parts) > 3 and parts[-3] == "0" and parts[-1] == "weight":
             tails[".".join(parts[:-3]), int(tensor)] = parts[-2]
     for name, stack in stacks.items():
         leaf = name.rpartition(".")[2]
