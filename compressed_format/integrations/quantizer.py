@@ -57,6 +57,7 @@ class CompressedTensorsConfig(transformers.CompressedTensorsConfig):  # type: ig
         self.quantization_config = None
         self.dequantize = False
         self.use_optimized_inference = False
+        self.authored = True  # by whoever wrote it as it is here, not by compressed-tensors
         self._content = {**content, "quant_method": "compressed-tensors"}
 
     @classmethod
@@ -68,6 +69,7 @@ class CompressedTensorsConfig(transformers.CompressedTensorsConfig):  # type: ig
         if isinstance(given, transformers.CompressedTensorsConfig):
             for name, value in given.get_loading_attributes().items():
                 setattr(config, name, value)
+            config.authored = False
             if config._content.get("format") == "dense":
                 # What that class says when it is given no format.
                 del config._content["format"]
@@ -98,6 +100,8 @@ class CompressedFormatQuantizer(HfQuantizer):
         super().__init__(carried, pre_quantized=pre_quantized, **kwargs)
         if isinstance(quantization_config, QuantizationConfig):
             self.config = quantization_config
+        elif not pre_quantized and carried.authored:
+            self.config = QuantizationConfig.from_dict(carried.to_dict())
         else:
             self.config, problems = QuantizationConfig.from_checkpoint(carried.to_dict())
             for problem in problems:
