@@ -15,7 +15,7 @@ from torch import nn
 
 from compressed_format.config import Assignment, CompressionFormat, TargetResolution
 from compressed_format.config.experts import ExpertStack, expert_stack
-from compressed_format.errors import Problem, QuantizationError, TargetError, UnsupportedFormatError
+from compressed_format.errors import Problem, QuantizationError, TargetError
 from compressed_format.experts import CompressedExpertLinear, CompressedExperts, compressed_experts_class, stack_tensors
 from compressed_format.module_compression import compress_module, treatment
 from compressed_format.offloading import hand_over, is_offloaded, original_forward
@@ -78,6 +78,9 @@ def expert_linears(module: nn.Module, stack: ExpertStack, name: str) -> dict[str
     if original_forward(module) is not type(module).forward:
         message = "its forward has been replaced on the object itself, which compressed experts would lose"
         raise QuantizationError(problems=[Problem(name, f"{message}; list them in ignore")])
+    if is_offloaded(module):
+        message = "its experts are offloaded by accelerate; compress the model before, or while it is loaded"
+        raise QuantizationError(problems=[Problem(name, message)])
     linears = {}
     for expert, projection, full_name in stack.names(name):
         weight = _view(module, projection, expert)
@@ -153,13 +156,7 @@ def compressed_stack(
 
 
 def plain_experts(module: CompressedExperts) -> nn.Module:
-    """The stack that compressed experts were made of, with dequantized weights.
-
-    Raises :class:`UnsupportedFormatError` for experts that accelerate has offloaded.
-    """
-    if any(is_offloaded(projection) for projection in module.children()):
-        message = "its tensors are offloaded by accelerate; load the model without offloading to decompress its experts"
-        raise UnsupportedFormatError(problems=[Problem(type(module).__name__, message)])
+    """The stack that compressed experts were made of, with dequantized weights."""
     plain = _alike(module, type(module).__mro__[2])
     del plain.__dict__["expert_stack"]
     dense = {name: plain._modules.pop(name).dequantized_weight() for name in module.expert_stack.projections}

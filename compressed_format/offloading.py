@@ -25,7 +25,15 @@ from torch import nn
 
 from compressed_format.errors import CheckpointError, FormatError, Problem
 
-__all__ = ["hand_over", "is_offloaded", "means_parameter", "offloaded_state", "onloaded", "original_forward"]
+__all__ = [
+    "hand_over",
+    "is_kept_around",
+    "is_offloaded",
+    "means_parameter",
+    "offloaded_state",
+    "onloaded",
+    "original_forward",
+]
 
 # Python modules that take parameters from `getattr(module, name)`, to move and to replace them: accelerate's; torch's
 # and transformers' that do so with tensors split between processes.
@@ -163,6 +171,13 @@ def original_forward(module: nn.Module) -> Any:
 def is_offloaded(module: nn.Module) -> bool:
     """Whether the module's tensors are on the meta device, and a hook of its own has them."""
     return _store_of(module) is not None and any(_is_meta(value) for value in module._parameters.values())
+
+
+def is_kept_around(model: nn.Module, name: str) -> bool:
+    """Whether the hook of a module around the module ``name`` keeps its tensors, and loads them all at once."""
+    module = model.get_submodule(name)
+    held = [suffix for suffix, value in module._parameters.items() if _is_meta(value)]
+    return bool(held) and _store_of(module) is None and _store_above(model, f"{name}.{held[0]}") is not None
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from accelerate.utils import (
 )
 from accelerate.utils.modeling import get_state_dict_from_offload
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from compressed_format import (
     CheckpointError,
@@ -176,6 +176,32 @@ def test_older_layouts_on_disk_are_written_anew_where_there_is_room(tmp_path: Pa
         assert_spread(loaded, {name: tensor.data for name, tensor in model.state_dict().items()})
     save_compressed(loaded, tmp_path / "y")
     assert_same_tensors(read_tensors(tmp_path / "y"), dict(model.state_dict()))
+
+
+def test_tied_weights_of_an_older_layout_on_disk(tmp_path: Path) -> None:
+    model = compressed_llama(weights(3, "Linear", "Embedding"), tie_word_embeddings=True)
+    save_compressed(model, tmp_path / "x")
+    as_word_aligned(tmp_path / "x", model)
+    edit_tensors(tmp_path / "x", drop=("lm_head.weight_packed",))
+    places = SPREAD | {"model.embed_tokens": "disk"}
+    with recorded_warnings() as texts:
+        loaded = load_compressed(tmp_path / "x", device_map=places, offload_folder=tmp_path / "offload")
+    assert any("15 modules were stored in the word-aligned layout" in text for text in texts)
+    for _ in range(2):
+        assert_same_bits(logits(loaded), logits(model))
+
+
+def test_compressing_while_loading_leaves_packed_tensors_on_disk(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    config = LLAMA_CONFIGS["W4A16 group"]
+    with enable_transformers():
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "dense", quantization_config=config, device_map=SPREAD, offload_folder=tmp_path / "offload"
+        )
+    plain = compressed_llama(config)
+    for _ in range(2):
+        assert_same_bits(logits(model), logits(plain))
+        assert_spread(model, {name: tensor.data for name, tensor in plain.state_dict().items()})
 
 
 def test_unpacked_zero_points_on_disk_are_packed(tmp_path: Path) -> None:
@@ -396,6 +422,81 @@ def test_decompress_under_hooks_keeps_them_working(tmp_path: Path, how: str) -> 
         assert_same_bits(logits(model), logits(plain))
     remove_hook_from_submodules(model)
     assert_same_tensors(model.state_dict(), dict(plain.state_dict()))
+
+
+def test_blocks_that_are_loaded_at_once(tmp_path: Path) -> None:
+    """Modules of ``preload_module_classes`` keep the tensors of all that is in them, under one hook."""
+    model = compressed_llama(LLAMA_CONFIGS["W8A8"])
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    expected = logits(model)
+    accelerate.cpu_offload(model, torch.device("cpu"), preload_module_classes=["LlamaDecoderLayer"])
+    for _ in range(2):
+        assert_spread(model, before, ("",))
+        assert_same_bits(logits(model), expected)
+    save_compressed(model, tmp_path / "x")
+    assert_same_tensors(read_tensors(tmp_path / "x"), before)
+    with pytest.raises(UnsupportedFormatError, match="is offloaded by accelerate as a part of the block around it"):
+        decompress(model)
+    assert len(compressed_modules(model)) == 14
+    dense = accelerate.cpu_offload(tiny_llama(), preload_module_classes=["LlamaDecoderLayer"])
+    with pytest.raises(QuantizationError, match="its weight is on the meta device"):
+        compress(dense, LLAMA_CONFIGS["W8A8"])
+
+
+# Mixtures of experts -------------------------------------------------------------------------------------------------
+
+
+def tiny_mixtral() -> Any:
+    fields = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MixtralConfig(**fields, num_key_value_heads=2, num_local_experts=4, vocab_size=256)
+    return seeded(MixtralForCausalLM, config)
+
+
+EXPERT_CONFIGS = {
+    "int4": weights(4, strategy="group", group_size=32, ignore=("lm_head",)),
+    "int8": LLAMA_CONFIGS["W8A8"],
+}
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules:UserWarning")
+@pytest.mark.parametrize("name", EXPERT_CONFIGS)
+def test_experts_on_disk(tmp_path: Path, name: str) -> None:
+    whole = compress(tiny_mixtral(), EXPERT_CONFIGS[name])
+    save_compressed(whole, tmp_path / "x")
+    model = load_compressed(tmp_path / "x", device_map=SPREAD, offload_folder=tmp_path / "offload")
+    for _ in range(2):
+        assert_same_bits(logits(model), logits(whole))
+        assert_spread(model, {key: tensor.data for key, tensor in whole.state_dict().items()})
+    save_compressed(model, tmp_path / "y")
+    model.save_pretrained(tmp_path / "z")
+    for folder in ("y", "z"):
+        assert_same_tensors(read_tensors(tmp_path / folder), read_tensors(tmp_path / "x"))
+    with pytest.raises(UnsupportedFormatError, match="is offloaded by accelerate as stacked experts"):
+        decompress(model)
+    assert len(compressed_modules(model)) == len(compressed_modules(whole))
+
+
+def test_experts_under_hooks(tmp_path: Path) -> None:
+    """Hooks that only move inputs stay with the experts; those that keep the weights would lose them."""
+    plain = compress(tiny_mixtral(), EXPERT_CONFIGS["int4"])
+    model = accelerate.dispatch_model(tiny_mixtral(), {"": "cpu"}, force_hooks=True)
+    compress(model, EXPERT_CONFIGS["int4"])
+    assert hasattr(model.model.layers[0].mlp.experts, "_hf_hook")
+    assert_same_bits(logits(model), logits(plain))
+    assert_same_bits(logits(decompress(model)), logits(decompress(plain)))
+    spread = accelerate.dispatch_model(tiny_mixtral(), SPREAD, main_device="cpu", offload_dir=tmp_path)
+    with pytest.raises(QuantizationError, match="its experts are offloaded by accelerate"):
+        compress(spread, EXPERT_CONFIGS["int4"])
+    assert not compressed_modules(spread)
+
+
+def test_calibration_leaves_the_hooks_of_experts() -> None:
+    config = LLAMA_CONFIGS["W8A8 static"]
+    plain, model = tiny_mixtral(), accelerate.dispatch_model(tiny_mixtral(), {"": "cpu"}, force_hooks=True)
+    for each in (plain, model):
+        compress(each, config, calibration=[{"input_ids": token_ids()}])
+    assert hasattr(model.model.layers[0].mlp.experts, "_old_forward")
+    assert_same_bits(logits(model), logits(plain))
 
 
 def test_a_dense_model_with_layers_on_disk_is_compressed(tmp_path: Path) -> None:
