@@ -29,7 +29,7 @@ def left_dense(model: nn.Module, ignored: Container[str]) -> list[Problem]:
             continue
         for name, parameter in module.module._parameters.items():
             if parameter is not None and parameter.dim() >= 2 and "Conv1D" not in module.classes:
-                found[f"{module.name}.{name}"] = f"{kind.__name__}.{name} {list(parameter.shape)}"
+                found[f"{module.name}.{name}".lstrip(".")] = f"{kind.__name__}.{name} {list(parameter.shape)}"
                 size += parameter.nbytes
     if not found or size < total * _WORTH_TELLING:
         return []

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from compressed_format.checkpoint import TensorSpec, read_checkpoint
-from compressed_format.compression import attach_config, config_of, tell_library
+from compressed_format.compression import attach_config, tell_library
 from compressed_format.config import QuantizationConfig
 from compressed_format.config.json_text import parse_json, read_bytes
 from compressed_format.dtypes import torch_dtype
@@ -90,9 +90,7 @@ def _load_diffusers(path: Path, content: Any, config: QuantizationConfig, dtype:
     usual = _usual_dtype((torch_dtype(spec.dtype), math.prod(spec.shape)) for spec in uncompressed)
     model = diffusers.build(content, path, dtype or usual)
     in_float32 = getattr(model, "_keep_in_fp32_modules", None) or ()
-    loaded = _fill(model, path, config, dtype, in_float32=frozenset(in_float32))
-    diffusers.attach(loaded, config_of(loaded) or config)
-    return loaded
+    return _fill(model, path, config, dtype, in_float32=frozenset(in_float32))
 
 
 def _fill(
@@ -134,10 +132,10 @@ def _fill(
         else:
             loaded[name] = checkpoint[stored_name]
     known = loaded.keys() | skeleton.explained | {names.get(problem.place, problem.place) for problem in problems}
-    for names in places.values():
-        if known.isdisjoint(names):
-            problems.append(Problem(names[0], "is missing from the checkpoint"))
-        found = [name for name in names if name in loaded]
+    for tied in places.values():
+        if known.isdisjoint(tied):
+            problems.append(Problem(tied[0], "is missing from the checkpoint"))
+        found = [name for name in tied if name in loaded]
         problems += [
             Problem(name, f"is not equal to {found[0]} in the checkpoint, and the model has one tensor for both")
             for name in found[1:]
@@ -156,10 +154,10 @@ def _fill(
         for name in uncompressed:
             exempt = not in_float32.isdisjoint(name.split("."))
             loaded[name] = loaded[name].to(torch.float32 if exempt else dtype)
-    for names in places.values():
-        tensor = next((loaded[name] for name in names if name in loaded), None)
+    for tied in places.values():
+        tensor = next((loaded[name] for name in tied if name in loaded), None)
         if tensor is not None:
-            _assign(model, names, tensor)
+            _assign(model, tied, tensor)
     # Where nothing is uncompressed, scales tell the dtype of the model they were found in.
     sizes = {name: (tensor.dtype, tensor.numel()) for name, tensor in loaded.items()}
     usual = _usual_dtype(sizes[name] for name in uncompressed) or _usual_dtype(sizes.values())

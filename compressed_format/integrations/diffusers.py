@@ -23,11 +23,11 @@ from diffusers.hooks.hooks import HookRegistry
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from compressed_format.config import QuantizationConfig
 from compressed_format.config.json_text import parse_json, read_bytes
 from compressed_format.errors import CheckpointError, Problem
 from compressed_format.linear import CompressedModule
 from compressed_format.model_origin import diffusers_class_name
+from compressed_format.save import saved_config
 
 __all__ = ["attach", "build", "config_content", "detach", "source_folder"]
 
@@ -57,9 +57,9 @@ def build(content: Mapping[str, Any], path: Path, dtype: torch.dtype | None) -> 
     return built
 
 
-def attach(model: Any, config: QuantizationConfig) -> None:
-    """Have ``save_pretrained`` write ``config``, and ``model.dtype`` be the one that the model computes in."""
-    model.register_to_config(quantization_config=config.to_dict())
+def attach(model: Any) -> None:
+    """Have ``save_pretrained`` write the model's config, and ``model.dtype`` be the one that the model computes in."""
+    model.register_to_config(quantization_config=saved_config(model).to_dict())
     if not hasattr(model, "_diffusers_hook"):
         model._diffusers_hook = _DtypeRegistry(model)
 

@@ -189,13 +189,15 @@ def test_a_pipeline_with_its_transformer_packed(tmp_path: Path) -> None:
     pipeline = DiTPipeline(transformer=tiny_dit(), vae=vae, scheduler=DDIMScheduler())
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(tmp_path / "dense")
-    compress(pipeline.transformer, weights(8))
+    compress(pipeline.transformer, weights(8, ignore=("re:.*attn.*",)))
     expected = _picture(pipeline)
     # Written by diffusers itself, and by this library into a folder of the dense pipeline.
     pipeline.save_pretrained(tmp_path / "whole")
     save_compressed(pipeline.transformer, tmp_path / "dense" / "transformer", overwrite=True)
     files = {root: read_tensors(tmp_path / root / "transformer") for root in ("whole", "dense")}
     assert_same_tensors(files["whole"], files["dense"])
+    configs = {root: read_config(tmp_path / root / "transformer")["quantization_config"] for root in files}
+    assert configs["whole"] == configs["dense"]
     for root in files:
         transformer = load_compressed(tmp_path / root / "transformer")
         again = DiTPipeline.from_pretrained(tmp_path / root, transformer=transformer)
@@ -252,7 +254,9 @@ def test_dtype_is_what_from_pretrained_would_make_of_it(tmp_path: Path) -> None:
     dense.save_pretrained(tmp_path / "dense")
     theirs = WanTransformer3DModel.from_pretrained(tmp_path / "dense", torch_dtype=torch.bfloat16)
     config = weights(8, "re:.*attn.*", ignore=("re:.*norm.*",))
-    save_compressed(compress(dense, config), tmp_path / "x")
+    with recorded_warnings():  # of the tables, which are in no Linear
+        compress(dense, config)
+    save_compressed(dense, tmp_path / "x")
     loaded = load_compressed(tmp_path / "x", dtype=torch.bfloat16)
     packed = {
         f"{name}.{suffix}" for name, module in compressed_modules(loaded).items() for suffix in module._parameters
