@@ -89,8 +89,7 @@ def _load_diffusers(path: Path, content: Any, config: QuantizationConfig, dtype:
     uncompressed = [checkpoint.spec(name) for name in checkpoint if not name.endswith("_scale")]
     usual = _usual_dtype((torch_dtype(spec.dtype), math.prod(spec.shape)) for spec in uncompressed)
     model = diffusers.build(content, path, dtype or usual)
-    in_float32 = getattr(model, "_keep_in_fp32_modules", None) or ()
-    return _fill(model, path, config, dtype, in_float32=frozenset(in_float32))
+    return _fill(model, path, config, dtype, in_float32=diffusers.kept_in_float32(model))
 
 
 def _fill(

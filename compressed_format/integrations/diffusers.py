@@ -29,7 +29,7 @@ from compressed_format.linear import CompressedModule
 from compressed_format.model_origin import diffusers_class_name
 from compressed_format.save import saved_config
 
-__all__ = ["attach", "build", "config_content", "detach", "source_folder"]
+__all__ = ["attach", "build", "config_content", "detach", "kept_in_float32", "source_folder"]
 
 
 def build(content: Mapping[str, Any], path: Path, dtype: torch.dtype | None) -> nn.Module:
@@ -94,6 +94,12 @@ def source_folder(model: Any) -> Path | None:
     return file.parent if is_its_own else None
 
 
+def kept_in_float32(model: Any) -> frozenset[str]:
+    """The parts of names of parameters that are to be float32, whatever the dtype of the others."""
+    names = getattr(model, "_keep_in_fp32_modules", None) or ()
+    return frozenset([names] if isinstance(names, str) else names)
+
+
 class _DtypeRegistry(HookRegistry):
     """The hooks of a model, which also say in which dtype it computes.
 
@@ -111,7 +117,7 @@ class _DtypeRegistry(HookRegistry):
 
 def _computing_dtype(model: nn.Module) -> torch.dtype | None:
     """The dtype of the first parameter, a compressed module's being that of its weight."""
-    spared = getattr(model, "_keep_in_fp32_modules", None) or ()
+    spared = kept_in_float32(model)
     for name, module in model.named_modules():
         if isinstance(module, CompressedModule):
             dtype: torch.dtype = module.dtype
