@@ -96,6 +96,7 @@ class Skeleton:
         for name, assignment in without_weight.items():
             self._swap_twin(name, assignment, by_module, resolution.assignments)
         self.packed |= keep_cache_scales(model, by_module, self.explained)
+        self._pass_over(_computed_buffers(model, stored))
 
     def all_recipes(self, stored: Container[str]) -> dict[str, Recipe]:
         """How tensors of the model that are not ``stored`` as they are can be made, for whoever loads them alone.
@@ -119,7 +120,7 @@ class Skeleton:
             tensor = read(name)
             if tensor.dtype == torch.int32 and assignment.scheme is not None and assignment.scheme.weights is not None:
                 bits = assignment.scheme.weights.num_bits
-                rows = self.model.get_submodule(name.rpartition(".")[0])._weight_shape[0]
+                rows = self._modules[name.rpartition(".")[0]]._weight_shape[0]
                 packed = tensor.reshape(-1, tensor.shape[-1]).T.contiguous()
                 if tensor.any() and packed.shape[1] * 32 >= rows * bits:
                     tensor = unpack_codes(packed, bits, rows)
@@ -184,6 +185,14 @@ class Skeleton:
                 warnings.warn(message, CompressedFormatWarning, stacklevel=4)
         if any(re_encoded.values()):
             self.config = without_marlin(self.config).model_copy(update={"version": FORMAT_VERSION})
+
+    def _pass_over(self, computed: list[str]) -> None:
+        """compressed-tensors stores all buffers of what it compresses, as the scale of Gemma's embedding."""
+        if computed:
+            counted = f"{computed[0]} is" if len(computed) == 1 else f"{len(computed)} tensors ({computed[0]}, …) are"
+            message = f"{counted} in the checkpoint, but computed by the model; what is stored is not used"
+            warnings.warn(message, CompressedFormatWarning, stacklevel=5)
+            self.explained.update(computed)
 
     def _swap(
         self,
@@ -258,6 +267,16 @@ class Skeleton:
                 self._swap(name, assignment, {**own, **weight}, self._modules[other])
                 return
         self._swap(name, assignment, own)
+
+
+def _computed_buffers(model: nn.Module, stored: Container[str]) -> list[str]:
+    """The names of ``stored`` tensors that are buffers which no state dict holds, since the model computes them."""
+    return [
+        place
+        for name, module in model.named_modules()
+        for suffix in sorted(module._non_persistent_buffers_set)
+        if (place := f"{name}.{suffix}".lstrip(".")) in stored
+    ]
 
 
 def _check_values(name: str, module: CompressedModule) -> None:

@@ -172,16 +172,15 @@ class CompressionOnLoad:
 _ABSENT = "is missing from the checkpoint, and what is random cannot be compressed; list it in ignore"
 
 
-class _Compress(ConversionOps):  # type: ignore[misc]
+class _Compress(ConversionOps):
     """What transformers applies to each dense tensor that :meth:`CompressionOnLoad.takes`."""
 
     def __init__(self, compression: CompressionOnLoad) -> None:
         self.compression = compression
 
-    def convert(
-        self, input_dict: Mapping[str, Any], *args: Any, missing_keys: set[str] | None = None, **kwargs: Any
-    ) -> dict[str, torch.Tensor]:
-        tensors: dict[str, torch.Tensor] = {}
+    def convert(self, input_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        missing_keys: set[str] | None = kwargs.get("missing_keys")
+        tensors: dict[str, Any] = {}
         for name, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
             if self.compression.takes(name):

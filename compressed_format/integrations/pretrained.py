@@ -18,7 +18,8 @@ from torch import nn
 
 from compressed_format.config import QuantizationConfig
 from compressed_format.errors import CheckpointError, Problem
-from compressed_format.integrations.quantizer import METHOD, misshapen
+from compressed_format.integrations.quantization_config import METHOD
+from compressed_format.integrations.quantizer import misshapen
 
 __all__ = ["load_pretrained"]
 

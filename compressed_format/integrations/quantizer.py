@@ -16,9 +16,8 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationMethod
 
 from compressed_format.checkpoint import read_checkpoint
 from compressed_format.compression import attach_config, decompress
@@ -29,62 +28,14 @@ from compressed_format.formats.base import StoredTensor
 from compressed_format.integrations.checkpoint_names import checkpoint_names, model_names
 from compressed_format.integrations.compress_on_load import CompressionOnLoad
 from compressed_format.integrations.expert_conversion import StackExperts, remember_conversions
+from compressed_format.integrations.quantization_config import METHOD, CompressedTensorsConfig
 from compressed_format.integrations.transformers import retie
 from compressed_format.linear import compressed_modules, is_of_weight
 from compressed_format.renaming import module_names, rename_modules
 from compressed_format.save import saved_config
 from compressed_format.skeleton import Skeleton
 
-__all__ = ["METHOD", "CompressedFormatQuantizer", "CompressedTensorsConfig", "attach_quantizer", "misshapen"]
-
-METHOD = "compressed_format"
-"""The name under which ``load_compressed`` asks transformers for the quantizer."""
-
-
-@register_quantization_config(METHOD)
-class CompressedTensorsConfig(transformers.CompressedTensorsConfig):  # type: ignore[misc]
-    """A ``quantization_config`` as transformers carries it; writes itself as it was given, and as compressed-tensors.
-
-    It has the name of transformers' own class because ``from_pretrained`` compares names, and is one of its kind so
-    that ``dequantize=True`` is taken over from an argument. Unlike that, it needs no compressed-tensors.
-    """
-
-    def __init__(self, **content: Any) -> None:
-        # Not that of transformers' class, which has compressed-tensors validate the content.
-        self.quant_method = QuantizationMethod.COMPRESSED_TENSORS
-        if content.get("quant_method") == METHOD:
-            self.quant_method = METHOD
-        self.quantization_config = None
-        self.dequantize = False
-        self.use_optimized_inference = False
-        self.authored = True  # by whoever wrote it as it is here, not by compressed-tensors
-        self._content = {**content, "quant_method": "compressed-tensors"}
-
-    @classmethod
-    def of(cls, given: Any) -> CompressedTensorsConfig:
-        """The config out of anything that ``quantization_config=`` may be given, or a checkpoint has."""
-        if isinstance(given, cls):
-            return given
-        config = cls(**(given if isinstance(given, Mapping) else given.to_dict()))
-        if isinstance(given, transformers.CompressedTensorsConfig):
-            for name, value in given.get_loading_attributes().items():
-                setattr(config, name, value)
-            config.authored = False
-            if config._content.get("format") == "dense":
-                # What that class says when it is given no format.
-                del config._content["format"]
-        return config
-
-    @classmethod
-    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        config = cls(**config_dict)
-        return (config, kwargs) if return_unused_kwargs else config
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(self._content)
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        return self.to_dict()
+__all__ = ["CompressedFormatQuantizer", "attach_quantizer", "misshapen"]
 
 
 @register_quantizer(METHOD)
@@ -229,7 +180,7 @@ class CompressedFormatQuantizer(HfQuantizer):
         return None, {}
 
     def remove_quantization_config(self, model: Any) -> None:
-        super().remove_quantization_config(model)
+        super().remove_quantization_config(model)  # type: ignore[no-untyped-call]
         remember_conversions(model)
         for module in model.modules():
             if isinstance(module, transformers.PreTrainedModel):

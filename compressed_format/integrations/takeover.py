@@ -8,11 +8,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.utils import is_compressed_tensors_available
+from transformers.utils.import_utils import is_compressed_tensors_available
 
 from compressed_format.config import QuantizationConfig
 from compressed_format.errors import CompressedFormatWarning, ConfigError, Problem, UnsupportedFormatError
-from compressed_format.integrations.quantizer import CompressedFormatQuantizer, CompressedTensorsConfig
+from compressed_format.integrations.quantization_config import CompressedTensorsConfig
+from compressed_format.integrations.quantizer import CompressedFormatQuantizer
 from compressed_format.unserved import unserved
 
 __all__ = ["disable", "enable"]
@@ -27,8 +28,9 @@ def enable() -> AbstractContextManager[None]:
     switched_on = not _found
     if switched_on:
         _found.update({table: entries.get(_NAME) for table, entries in _tables().items()})
-        AUTO_QUANTIZER_MAPPING[_NAME] = _quantizer
-        AUTO_QUANTIZATION_CONFIG_MAPPING[_NAME] = CompressedTensorsConfig
+        tables = _tables()
+        tables["quantizer"][_NAME] = _quantizer
+        tables["config"][_NAME] = CompressedTensorsConfig
     return _Enabled(switched_on)
 
 
@@ -54,6 +56,7 @@ class _Enabled(AbstractContextManager[None]):
 
 
 def _tables() -> dict[str, MutableMapping[str, Any]]:
+    """Where transformers looks for what stands behind a ``quant_method``."""
     return {"quantizer": AUTO_QUANTIZER_MAPPING, "config": AUTO_QUANTIZATION_CONFIG_MAPPING}
 
 
@@ -73,8 +76,8 @@ def _quantizer(quantization_config: Any, *, pre_quantized: bool = True, **kwargs
     warnings.warn(message, CompressedFormatWarning, stacklevel=2)
     given = CompressedTensorsConfig.of(quantization_config)
     config = _found["config"].from_dict(given.to_dict())
-    for name, value in given.get_loading_attributes().items():
-        setattr(config, name, value)
+    for name in ("dequantize", "use_optimized_inference"):
+        setattr(config, name, getattr(given, name))
     return _found["quantizer"](config, pre_quantized=pre_quantized, **kwargs)
 
 
