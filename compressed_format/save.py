@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from compressed_format.config import (
 from compressed_format.config.json_text import parse_json, read_bytes
 from compressed_format.errors import CheckpointError, CompressedFormatWarning, ConfigError, FormatError, Problem
 from compressed_format.experts import stored_modules, unstacked_state
+from compressed_format.linear import is_split
 from compressed_format.model_origin import diffusers_class_name, is_diffusers_model, is_transformers_model
 from compressed_format.renaming import module_names, rename_modules
 
@@ -52,7 +54,8 @@ def save_compressed(
     that a model of transformers or diffusers was loaded from. ``ignore`` in the written config lists every Linear that
     is not quantized, as all readers want it. The files of a model of diffusers have the names that its pipelines look
     for, ``diffusion_pytorch_model.safetensors`` and so on. ``progress`` is called with the
-    bytes written and their total.
+    bytes written and their total. A model that is split between processes is saved by all of them together: the first
+    one gathers the tensors in its memory, and writes them.
 
     Raises :class:`CheckpointExistsError` if ``path`` holds something and ``overwrite`` is not set, and
     :class:`FormatError` if the model holds no compressed module, or one that its config does not describe.
@@ -74,15 +77,22 @@ def save_compressed(
         warnings.warn(message, CompressedFormatWarning, stacklevel=2)
     files = _files(model, folder, Path(path))
     files["config.json"] = _config_json(model, folder, config)
-    write_checkpoint(
+    write = partial(
+        write_checkpoint,
         path,
-        tensors,
         files=files,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         progress=progress,
         stem="diffusion_pytorch_model" if is_diffusers_model(model) else "model",
     )
+    if any(is_split(tensor) for tensor in tensors.values()):
+        from compressed_format.gathering import first_process_alone, gather_to_first
+
+        whole = gather_to_first(tensors)
+        first_process_alone(lambda: write(whole))
+    else:
+        write(tensors)
 
 
 def saved_config(model: nn.Module) -> QuantizationConfig:

@@ -17,7 +17,8 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from compressed_format.errors import Problem, UnsupportedFormatError
 from compressed_format.linear import CompressedEmbedding, CompressedLinear, CompressedModule, is_split
-from compressed_format.tensor_parallel import Layouts, Sharding, add_layout_hooks, plan_of, shard_tensor
+from compressed_format.split_weight import Sharding, plan_of, shard_tensor
+from compressed_format.tensor_parallel import Layouts, add_layout_hooks
 
 __all__ = ["refuse_other_splits", "restore_styles", "serve_styles", "with_distributed_config"]
 

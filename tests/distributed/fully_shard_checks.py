@@ -20,12 +20,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from compressed_format import CompressedLinear, compress
-from compressed_format.errors import UnsupportedFormatError
+from compressed_format import CompressedLinear, compress, load_compressed, save_compressed
+from compressed_format.errors import CheckpointError, CheckpointExistsError, UnsupportedFormatError
+from compressed_format.gathering import gathered
 from compressed_format.linear import compressed_modules
-from compressed_format.tensor_parallel import gathered
-from tests.checks import assert_same_bits
-from tests.models import seeded, weights
+from tests.checks import assert_same_bits, assert_same_tensors
+from tests.models import read_tensors, seeded, weights
 
 WIDTH = 64
 _TOKEN = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
@@ -208,3 +208,17 @@ def check_a_single_value_and_a_few_rows(folder: Path) -> None:
     state = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
     for key, value in whole.state_dict().items():
         assert_same_bits(state[key], value, key)
+
+
+def check_both_save_the_whole_model_together(folder: Path) -> None:
+    for name, config in CONFIGS.items():
+        whole = _model(config)
+        sharded = _sharded(copy.deepcopy(whole))
+        save_compressed(sharded, folder / name)
+        assert_same_tensors(read_tensors(folder / name), whole.state_dict())
+        # The first process finds what is there, and the other is told of it.
+        with pytest.raises(CheckpointError, match="overwrite") as caught:
+            save_compressed(sharded, folder / name)
+        assert isinstance(caught.value, CheckpointExistsError) == (dist.get_rank() == 0)
+        loaded = load_compressed(folder / name, model=seeded(Blocks, seed=1))
+        torch.testing.assert_close(loaded(_ids()), whole(_ids()), rtol=0, atol=0)
