@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 from torch.nn import functional
@@ -90,6 +91,17 @@ def test_on_the_meta_device(dequantized: list[torch.Size]) -> None:
     assert dequantized == []
     assert weight.float().is_meta
     assert weight.float().dtype is torch.float32
+
+
+def test_on_a_device_that_is_not_there() -> None:
+    """What it is, it knows without any memory."""
+
+    def never() -> torch.Tensor:
+        raise AssertionError
+
+    weight = LazyWeight(never, (3, 4), torch.bfloat16, torch.device("cuda:1"))
+    assert (weight.is_cuda, weight.is_cpu, weight.get_device(), weight.device.index) == (True, False, 1, 1)
+    assert weight.detach().data.device == torch.device("cuda:1")
 
 
 def test_embeddings_and_sparse_weights(dequantized: list[torch.Size]) -> None:
@@ -297,6 +309,9 @@ def test_its_address_is_refused() -> None:
     """It would be that of memory which is gone by the time it is read."""
     with pytest.raises(UnsupportedFormatError, match="cannot be read by its address"):
         compressed_linear().weight.data_ptr()
+    with pytest.raises(UnsupportedFormatError, match="cannot be read by its address"):
+        safetensors.torch.save({"weight": compressed_linear().weight})
+    assert safetensors.torch.save({"weight": compressed_linear().weight.clone()})
 
 
 # Compiled ------------------------------------------------------------------------------------------------------------

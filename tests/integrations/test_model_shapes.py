@@ -270,6 +270,33 @@ def test_tied_and_quantized_embeddings(
     assert_close(logits(again), expected)
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("targets", ["both", "the head", "the embedding"])
+@pytest.mark.parametrize("family", ["Llama", "Gemma3"])
+def test_quantized_embeddings_that_the_peer_writes(family: str, targets: str, tied: bool, tmp_path: Path) -> None:
+    """It writes what is tied twice, and the scale of Gemma's embedding; of all these it loads only untied heads."""
+    build, (config, _) = FAMILIES[family], TARGETS[targets]
+    dense = build(tie_word_embeddings=tied)
+    # The reference: the two tables apart from each other, each as the peer rounds it.
+    dense.lm_head.weight = nn.Parameter(dense.lm_head.weight.detach().clone())
+    written = QuantizationConfig.from_dict(config).to_dict()
+    rounded = compress_with_peer(build(tie_word_embeddings=tied), written, tmp_path / "theirs")
+    dense.load_state_dict(rounded, strict=False)
+    with recorded_warnings() as texts:
+        loaded = load_compressed(tmp_path / "theirs")
+    scale = "model.embed_tokens.embed_scale is in the checkpoint, but computed by the model; what is stored is not used"
+    assert texts == ([scale] if family == "Gemma3" and targets != "the head" else [])
+    assert_close(logits(loaded), logits(dense))
+    loaded.tie_weights()
+    assert_close(logits(loaded), logits(dense))
+    if targets == "the head" and not tied:
+        assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")), logits(dense))
+    else:
+        # Should a release learn it, this test says so.
+        with pytest.raises(AttributeError, match=r"has no attribute .weight"):
+            logits(AutoModelForCausalLM.from_pretrained(tmp_path / "theirs"))
+
+
 @pytest.mark.parametrize("format", ["int-quantized", "sparse"])
 def test_ties_in_formats_whose_tensors_have_other_names(format: str, tmp_path: Path) -> None:
     group: dict[str, Any] = {"targets": ["Linear", "Embedding"]}
