@@ -11,14 +11,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import CompileConfig, StaticCache
 
 from compressed_format import compress
-from tests.models import LLAMA_CONFIGS, tiny_llama, token_ids, weights
+from tests.integrations.decoders import DECODERS
+from tests.models import LLAMA_CONFIGS, token_ids, weights
 
 pytestmark = pytest.mark.filterwarnings(
     # What generation with a compiled step calls in torch, and torch in itself.
     "ignore:.*is deprecated:FutureWarning",
 )
 
-MODELS: dict[str, Callable[..., Any]] = {"Llama": tiny_llama}
 CONFIGS: dict[str, Any] = {
     **{name: LLAMA_CONFIGS[name] for name in ("W4A16 group", "W8A8", "W8A8 static asymmetric", "FP8_DYNAMIC")},
     "FP8_BLOCK": LLAMA_CONFIGS["FP8_BLOCK"],
@@ -26,6 +26,12 @@ CONFIGS: dict[str, Any] = {
     "2:4": {"config_groups": {"g": {"targets": ["Linear"], "weights": None, "sparsity": "2:4"}}},
     "everything": weights(8, "Linear", "Embedding"),
 }
+# Every kind of weight in a Llama; each op that runs experts in mixtures of these.
+CASES = [
+    *(("Llama", config) for config in CONFIGS),
+    *(("Mixtral", config) for config in ("W4A16 group", "W8A8", "W8A8 static asymmetric", "FP8_BLOCK")),
+    ("Qwen3-MoE", "W4A16 asymmetric"),
+]
 EAGER = "aot_eager"  # traces as inductor does, and compiles no C++
 
 
@@ -40,7 +46,7 @@ def fresh_compiler() -> Iterator[None]:
 def packed(model: str, config: str) -> Any:
     # Larger weights than those of a fresh model, whose next tokens are all but equally likely. One layer is traced in
     # half the time of two.
-    built = MODELS[model](initializer_range=0.1, num_hidden_layers=1)
+    built = DECODERS[model](initializer_range=0.1, num_hidden_layers=1)
     return compress(built, CONFIGS[config], calibration=[{"input_ids": token_ids()}])
 
 
@@ -53,8 +59,7 @@ def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "config"), CASES)
 def test_one_graph_serves_every_batch(model: str, config: str) -> None:
     net = packed(model, config)
     compiled = torch.compile(net.forward, fullgraph=True, backend=EAGER)
@@ -80,8 +85,7 @@ def greedy(model: Any, step: Callable[..., Any], ids: torch.Tensor, new: int) ->
     return torch.cat(tokens, dim=1)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "config"), CASES)
 def test_a_step_with_a_static_cache_is_one_graph(model: str, config: str) -> None:
     net = packed(model, config)
     compiled = torch.compile(net.forward, fullgraph=True, backend=EAGER)
@@ -90,8 +94,7 @@ def test_a_step_with_a_static_cache_is_one_graph(model: str, config: str) -> Non
     assert torch.equal(tokens, greedy(net, net, prompt(2), new=6))
 
 
-@pytest.mark.parametrize("config", ["W4A16 group", "W8A8"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "config"), [("Llama", "W8A8"), ("Mixtral", "W4A16 group")])
 def test_generate_compiles_its_steps(model: str, config: str) -> None:
     """transformers' own compilation for a static cache, which its quantizers may refuse."""
     net = packed(model, config)
@@ -115,13 +118,12 @@ def losses_and_gradients(model: Any, step: Callable[..., Any], batches: list[int
     return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("config", ["W4A16 group", "FP8_DYNAMIC"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "config"), [("Llama", "FP8_DYNAMIC"), ("Mixtral", "W4A16 group")])
 def test_training_adapters_is_one_graph(model: str, config: str) -> None:
     results = []
     for compiled in (False, True):
         torch.manual_seed(0)
-        targets = ["q_proj", "down_proj"]
+        targets = ["q_proj", "o_proj"]
         tuned = get_peft_model(packed(model, config), LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
 
         def loss(ids: torch.Tensor, tuned: Any = tuned) -> torch.Tensor:
@@ -157,9 +159,9 @@ def test_checkpointed_training_is_one_graph() -> None:
         torch.testing.assert_close(results[1][1][name], gradient, msg=name)
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_inductor(model: str) -> None:
-    net = packed(model, "W8A8")
+@pytest.mark.parametrize(("model", "config"), [("Llama", "W8A8"), ("Mixtral", "W4A16 group")])
+def test_inductor(model: str, config: str) -> None:
+    net = packed(model, config)
     compiled = torch.compile(net.forward, fullgraph=True)
     tokens = greedy(net, compiled, prompt(2), new=3)
     assert graphs() == 1

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from compressed_format import compress
+from tests.integrations.decoders import DECODERS
 from tests.integrations.oracles import dense_twin
-from tests.models import LLAMA_CONFIGS, tiny_llama, token_ids, weights
+from tests.models import LLAMA_CONFIGS, token_ids, weights
 
-MODELS: dict[str, Callable[..., Any]] = {"Llama": tiny_llama}
 CONFIGS: dict[str, Any] = {
-    **{name: config for name, config in LLAMA_CONFIGS.items() if name not in ("W4A16 preset", "W8A16")},
+    **{name: config for name, config in LLAMA_CONFIGS.items() if name not in ("W4A16 preset", "W8A16", "mixed")},
     "W4A16 asymmetric": weights(4, strategy="group", group_size=32, symmetric=False),
     "2:4": {"config_groups": {"g": {"targets": ["Linear"], "weights": None, "sparsity": "2:4"}}},
     "everything": weights(8, "Linear", "Embedding"),
+    "mixed": {
+        "config_groups": {
+            "attention": {
+                "targets": [r"re:.*self_attn\.[qkvo]_proj$"],
+                "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
+                "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
+            },
+            # Of experts and of plain MLPs.
+            "mlp": {
+                "targets": ["re:.*(gate|up|down)_proj$"],
+                "weights": {"num_bits": 4, "strategy": "group", "group_size": 32},
+            },
+        }
+    },
 }
 # One of each kind: weights only, activations rounded dynamically and statically, embedding and head too.
 FEW = ["W4A16 group", "W8A8", "W8A8 static asymmetric", "FP8_DYNAMIC", "everything"]
@@ -28,7 +41,7 @@ PAD = 0
 def pair(model: str, config: str, **fields: Any) -> tuple[Any, Any]:
     """A packed model, and the dense one that computes the same."""
     # Larger weights than those of a fresh model, whose next tokens are all but equally likely.
-    built = MODELS[model](initializer_range=0.1, **fields)
+    built = DECODERS[model](initializer_range=0.1, **fields)
     packed = compress(built, CONFIGS[config], calibration=[{"input_ids": token_ids()}])
     return packed, dense_twin(packed)
 
@@ -62,7 +75,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", DECODERS)
 def test_the_same_tokens_for_a_padded_batch(model: str, config: str) -> None:
     packed, dense = pair(model, config)
     tokens = generate(packed)
@@ -73,7 +86,7 @@ def test_the_same_tokens_for_a_padded_batch(model: str, config: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("config", FEW)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", DECODERS)
 def test_the_same_tokens_in_every_way(model: str, config: str, way: str) -> None:
     packed, dense = pair(model, config)
     tokens = generate(packed, **WAYS[way])
@@ -83,7 +96,7 @@ def test_the_same_tokens_in_every_way(model: str, config: str, way: str) -> None
 
 
 @pytest.mark.parametrize("config", FEW)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", DECODERS)
 def test_the_same_scores(model: str, config: str) -> None:
     packed, dense = pair(model, config)
     options = {"return_dict_in_generate": True, "output_scores": True}
@@ -93,7 +106,7 @@ def test_the_same_scores(model: str, config: str) -> None:
 
 
 @pytest.mark.parametrize("config", ["W4A16 group", "W8A8", "FP8_DYNAMIC"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", DECODERS)
 def test_who_else_is_in_the_batch_does_not_matter(model: str, config: str) -> None:
     packed, _ = pair(model, config)
     together = generate(packed)[1:2, 5:]
@@ -104,7 +117,7 @@ def test_who_else_is_in_the_batch_does_not_matter(model: str, config: str) -> No
 @pytest.mark.parametrize("options", [{}, {"do_sample": True}], ids=["greedy", "sampling"])
 @pytest.mark.parametrize("assistant", ["packed", "dense"])
 @pytest.mark.parametrize("config", FEW)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", DECODERS)
 def test_an_assistant(model: str, config: str, assistant: str, options: dict[str, Any]) -> None:
     packed, dense = pair(model, config)
     small, small_dense = pair(model, config, seed=3, num_hidden_layers=1)
