@@ -65,9 +65,12 @@ def check_logits_and_tokens_are_those_of_one_process(folder: Path) -> None:
         split = load_compressed(path, dtype=torch.float64, **_tp(tp_plan="auto"))
         torch.testing.assert_close(logits(split), logits(whole), msg=lambda text, name=name: f"{name}: {text}")
         assert set(split.tp_plan.values()) <= {"colwise", "rowwise", "colwise_gather_output", "embedding_rowwise"}
-        for module, other in zip(compressed_modules(split).values(), compressed_modules(whole).values(), strict=True):
-            assert all(isinstance(value, DTensor) for value in module._parameters.values() if value is not None), name
-            assert module.weight.shape == other.weight.shape
+        for place, module in compressed_modules(split).items():
+            # Releases before 5.23 leave embeddings whole.
+            if place != "model.embed_tokens" or place in split.tp_plan:
+                held = [value for value in module._parameters.values() if value is not None]
+                assert all(isinstance(value, DTensor) for value in held), (name, place)
+            assert module.weight.shape == whole.get_submodule(place).weight.shape
         assert _held(split) < 0.6 * _held(whole), name
         arguments = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
         assert torch.equal(split.generate(token_ids(), **arguments), whole.generate(token_ids(), **arguments))
