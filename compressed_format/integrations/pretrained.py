@@ -32,6 +32,11 @@ def load_pretrained(
         from compressed_format.integrations.tensor_parallel import with_distributed_config
 
         from_pretrained = with_distributed_config(from_pretrained)
+    if "quantization_config" in from_pretrained:
+        raise TypeError(
+            "load_compressed takes no quantization_config: the checkpoint has its own; decompress() the loaded model "
+            "for a dense one, or call enable_transformers() and plain from_pretrained"
+        )
     trust = {key: from_pretrained[key] for key in ("trust_remote_code",) if key in from_pretrained}
     try:
         model_config = transformers.AutoConfig.from_pretrained(path, **trust)

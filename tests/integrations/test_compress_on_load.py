@@ -127,6 +127,15 @@ def test_arguments_mean_what_they_mean(arguments: dict[str, Any], folder: Path) 
     assert_same_model(load(folder, W4A16, **arguments), folder, W4A16, **arguments)
 
 
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules:UserWarning")
+def test_layers_that_are_offloaded_to_disk(folder: Path, tmp_path: Path) -> None:
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    loaded = load(folder, W4A16, device_map=places, offload_folder=tmp_path / "offload")
+    assert loaded.model.layers[1].mlp.up_proj.weight_packed.is_meta
+    assert_same_bits(logits(loaded), logits(compress(load(folder), W4A16)))
+
+
 def test_biases(tmp_path: Path) -> None:
     model = tiny_llama(attention_bias=True)
     for name, parameter in model.named_parameters():

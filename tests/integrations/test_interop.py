@@ -9,6 +9,7 @@ from typing import Any
 import compressed_tensors
 import pytest
 import torch
+import transformers
 from compressed_tensors.quantization import QuantizationConfig as PeerConfig
 from transformers import AutoModelForCausalLM
 
@@ -112,6 +113,13 @@ def test_what_the_peer_writes_and_cannot_load(config: dict[str, Any], dtype: tor
         assert_close_logits(logits(ours), logits(dense))
     save_compressed(compressed_llama(config, dtype), tmp_path / "ours")
     assert_same_tensors(read_tensors(tmp_path / "ours"), read_tensors(tmp_path / "theirs"))
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23) and "Embedding" not in str(
+        config.config_groups
+    ):
+        # Those releases of transformers do not ask for shapes where there is a quantizer, and this one's were wrong.
+        theirs = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")).float()
+        assert (theirs - logits(ours).float()).abs().max() <= 0.05 * theirs.abs().max()
+        return
     # 0.20 gives up, or reports that it could not make sense of a tensor; should a release learn it, this test says so.
     with pytest.raises((RuntimeError, AttributeError)):
         logits(AutoModelForCausalLM.from_pretrained(tmp_path / "theirs"))

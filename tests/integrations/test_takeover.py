@@ -460,6 +460,28 @@ def test_a_loaded_model_can_be_dequantized(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("enabled")
+def test_load_compressed_is_told_by_its_own_arguments(folder: Path) -> None:
+    with pytest.raises(TypeError, match=r"takes no quantization_config: .* decompress\(\) the loaded model"):
+        load_compressed(folder, quantization_config=CompressedTensorsConfig(dequantize=True))
+
+
+@pytest.mark.usefixtures("enabled")
+def test_scales_of_the_cache_are_kept(folder: Path, tmp_path: Path) -> None:
+    expected = logits(load_compressed(folder))
+    scales = {
+        f"model.layers.{layer}.self_attn.{part}_scale": torch.tensor([0.5]) for layer in range(2) for part in "kv"
+    }
+    edit_tensors(folder, **scales)
+    cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    edit_config(folder, quantization_config={"kv_cache_scheme": cache})
+    with pytest.warns(CompressedFormatWarning, match="4 KV-cache scales are kept in the state dict, but not applied"):
+        model = plain(folder)
+    assert_same_bits(logits(model), expected)
+    model.save_pretrained(tmp_path / "y")
+    assert_same_tensors(read_tensors(tmp_path / "y"), read_tensors(folder))
+
+
+@pytest.mark.usefixtures("enabled")
 def test_optimized_inference_is_what_there_is_anyway(folder: Path) -> None:
     with pytest.warns(CompressedFormatWarning, match="use_optimized_inference means nothing here"):
         model = plain(folder, quantization_config=CompressedTensorsConfig(use_optimized_inference=True))
