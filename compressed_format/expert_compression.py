@@ -16,7 +16,13 @@ from torch import nn
 from compressed_format.config import Assignment, CompressionFormat, TargetResolution
 from compressed_format.config.experts import ExpertStack, expert_stack
 from compressed_format.errors import Problem, QuantizationError, TargetError
-from compressed_format.experts import CompressedExpertLinear, CompressedExperts, compressed_experts_class, stack_tensors
+from compressed_format.experts import (
+    CompressedExpertLinear,
+    CompressedExperts,
+    compressed_experts_class,
+    original_class,
+    stack_tensors,
+)
 from compressed_format.module_compression import compress_module, treatment
 from compressed_format.offloading import hand_over, is_offloaded, original_forward
 
@@ -105,7 +111,7 @@ def compress_experts(
     projections = {}
     for projection, assignment in assignments.items():
         tensors: dict[str, list[torch.Tensor]] = defaultdict(list)
-        for expert in range(stack.count):
+        for expert in range(stack.num_experts):
             weight = _view(module, projection, expert)
             if assignment is None:
                 tensors["weight"].append(weight)
@@ -132,7 +138,7 @@ def _projection(
     weight = _view(module, projection, 0)
     return CompressedExpertLinear(
         tensors,
-        (stack.count, weight.shape[0], weight.shape[1]),
+        (stack.num_experts, weight.shape[0], weight.shape[1]),
         None if assignment is None else assignment.scheme,
         CompressionFormat.DENSE if assignment is None else assignment.format,
         sparsity=None if assignment is None else assignment.sparsity,
@@ -144,7 +150,8 @@ def compressed_stack(
     module: nn.Module, stack: ExpertStack, projections: Mapping[str, CompressedExpertLinear]
 ) -> CompressedExperts:
     """``module`` with compressed ``projections`` in place of its weights; it keeps biases, hooks and mode."""
-    compressed = _alike(module, compressed_experts_class(type(module)))
+    kind: Any = type(module)
+    compressed = _alike(module, compressed_experts_class(kind))
     for name in _weight_names(module):
         del compressed._parameters[name]
     for name, projection in projections.items():
@@ -157,16 +164,18 @@ def compressed_stack(
 
 def plain_experts(module: CompressedExperts) -> nn.Module:
     """The stack that compressed experts were made of, with dequantized weights."""
-    plain = _alike(module, type(module).__mro__[2])
+    plain: nn.Module = _alike(module, original_class(type(module)))
     del plain.__dict__["expert_stack"]
-    dense = {name: plain._modules.pop(name).dequantized_weight() for name in module.expert_stack.projections}
-    up = [dense[name] for name in module.expert_stack.projections if name != "down_proj"]
+    dense = {name: projection.dequantized_weight() for name, projection in module.projections.items()}
+    for name in dense:
+        del plain._modules[name]
+    up = [weight for name, weight in dense.items() if name != "down_proj"]
     for name, parts in zip(_weight_names(module), (up, [dense["down_proj"]]), strict=True):
         plain._parameters[name] = nn.Parameter(stacked_weight(module, parts))
     return plain
 
 
-def stacked_weight(module: nn.Module, projections: Sequence[torch.Tensor]) -> torch.Tensor:
+def stacked_weight(module: Any, projections: Sequence[torch.Tensor]) -> torch.Tensor:
     """The parameter of the stack ``module`` that holds weights ``[E, O, I]``, of one projection or of gate and up."""
     weight = projections[0]
     if len(projections) > 1:
@@ -188,9 +197,9 @@ def observable_experts(
     comes out is that of the routed ones.
     """
 
-    def watched(name: str, module: nn.Module, stack: ExpertStack) -> Any:
+    def watched(name: str, module: Any, stack: ExpertStack) -> Any:
         def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Any:
-            for expert in range(stack.count):
+            for expert in range(stack.num_experts):
                 place = f"{name}.{expert}."
                 up = linears[f"{place}up_proj"](hidden_states)
                 if module.has_gate:

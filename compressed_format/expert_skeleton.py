@@ -44,7 +44,7 @@ def stack_experts(
     for projection, assignment in assignments.items():
         shape = projection_shape(module, projection)
         fits = []
-        for expert in range(stack.count):
+        for expert in range(stack.num_experts):
             place = f"{name}.{expert}.{projection}"
             found = fused.stored.get(place) or stored.get(place, {})
             fits.append(_fit(place, assignment, found, shape))
@@ -60,14 +60,14 @@ def stack_experts(
             target = f"{name}.{projection}.{suffix}"
             alike = [fit.tensors[suffix] for fit in fits]
             sizes = max(tuple(tensor.shape) for tensor in alike)
-            tensors[suffix] = torch.empty((stack.count, *sizes), dtype=torch_dtype(alike[0].dtype), device="meta")
+            tensors[suffix] = torch.empty((stack.num_experts, *sizes), dtype=torch_dtype(alike[0].dtype), device="meta")
             recipes[target] = fused.recipes.get(target) or Recipe(
-                tuple(f"{name}.{expert}.{projection}.{suffix}" for expert in range(stack.count)),
+                tuple(f"{name}.{expert}.{projection}.{suffix}" for expert in range(stack.num_experts)),
                 partial(stack_tensors, suffix),
             )
         projections[projection] = CompressedExpertLinear(
             tensors,
-            (stack.count, *shape),
+            (stack.num_experts, *shape),
             None if assignment is None else assignment.scheme,
             CompressionFormat.DENSE if assignment is None else assignment.format,
             sparsity=None if assignment is None else assignment.sparsity,

@@ -6,8 +6,7 @@ in two dimensions. Here they are stacked, each projection for itself: slice ``e`
 
 from __future__ import annotations
 
-import copyreg
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -29,6 +28,7 @@ __all__ = [
     "CompressedExperts",
     "compressed_experts_class",
     "expert_tensors",
+    "original_class",
     "stack_tensors",
     "stored_modules",
     "unstacked_state",
@@ -80,7 +80,8 @@ class CompressedExpertLinear(CompressedModule):
         arguments = self._input if end == "input" else self._output
         if arguments is None:
             return values
-        scale, zero_point = (self._parameters.get(f"{end}_{what}") for what in ("scale", "zero_point"))
+        scale: torch.Tensor | None = self._parameters.get(f"{end}_scale")
+        zero_point: torch.Tensor | None = self._parameters.get(f"{end}_zero_point")
         if scale is None and arguments.group_size != WHOLE_TENSOR:
             return ops.fake_quantize(values, None, None, *arguments)
         if scale is None:
@@ -142,6 +143,20 @@ class CompressedExperts(nn.Module):
     """
 
     expert_stack: ExpertStack
+    gate_proj: CompressedExpertLinear
+    up_proj: CompressedExpertLinear
+    down_proj: CompressedExpertLinear
+    # Of the class of transformers:
+    has_gate: bool
+    has_bias: bool
+    is_concatenated: bool
+    is_transposed: bool
+    gate_up_proj_bias: torch.Tensor
+    up_proj_bias: torch.Tensor
+    down_proj_bias: torch.Tensor
+    act_fn: Callable[[torch.Tensor], torch.Tensor]
+    post_expert_norm: Callable[[torch.Tensor], torch.Tensor]
+    _apply_gate: Callable[[torch.Tensor], torch.Tensor]
     # transformers initialises a module by its class, and would look for the weights that are gone.
     _is_hf_initialized = True
 
@@ -150,7 +165,7 @@ class CompressedExperts(nn.Module):
     ) -> torch.Tensor:
         """``[T, H]`` through the experts ``top_k_index`` ``[T, k]``, weighted by ``top_k_weights`` ``[T, k]``."""
         tokens, slots = top_k_index.shape
-        bias = top_k_index.clamp(max=self.expert_stack.count - 1) if self.has_bias else None
+        bias = top_k_index.clamp(max=self.expert_stack.num_experts - 1) if self.has_bias else None
         up = self.up_proj(hidden_states, top_k_index)
         if self.has_gate:
             gate = self.gate_proj(hidden_states, top_k_index)
@@ -163,29 +178,38 @@ class CompressedExperts(nn.Module):
             output = output + self.down_proj_bias[bias]
         if getattr(self, "has_post_expert_norm", False):
             output = self.post_expert_norm(output)
-        return (output * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
+        weighted: torch.Tensor = output * top_k_weights.unsqueeze(-1)
+        return weighted.sum(dim=1).to(hidden_states.dtype)
+
+    @property
+    def projections(self) -> dict[str, CompressedExpertLinear]:
+        """The modules that hold the weights, by name."""
+        found = {"gate_proj": self.gate_proj} if self.has_gate else {}
+        return {**found, "up_proj": self.up_proj, "down_proj": self.down_proj}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so pickle is told how to make it again.
-        return _blank_experts, (_original_class(type(self)),), self.__getstate__()  # type: ignore[no-untyped-call]
+        return _blank_experts, (original_class(type(self)),), self.__getstate__()  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
-        return f"num_experts={self.expert_stack.count}"
+        return f"num_experts={self.expert_stack.num_experts}"
 
 
 @cache
-def compressed_experts_class(original: type[nn.Module]) -> type[CompressedExperts]:
+def compressed_experts_class(original: Any) -> type[CompressedExperts]:
     """The class of compressed experts that takes the place of ``original``."""
     name = f"Compressed{original.__name__}"
     return type(name, (CompressedExperts, original), {"__module__": __name__, "__doc__": CompressedExperts.__doc__})
 
 
-def _original_class(compressed: type[nn.Module]) -> type[nn.Module]:
+def original_class(compressed: type[nn.Module]) -> Any:
+    """The class whose place ``compressed`` takes."""
     return compressed.__mro__[compressed.__mro__.index(CompressedExperts) + 1]
 
 
-def _blank_experts(original: type[nn.Module]) -> CompressedExperts:
-    return copyreg.__newobj__(compressed_experts_class(original))  # type: ignore[attr-defined,no-any-return]
+def _blank_experts(original: Any) -> CompressedExperts:
+    kind = compressed_experts_class(original)
+    return kind.__new__(kind)
 
 
 def expert_tensors(tensors: Mapping[str, torch.Tensor], expert: int) -> dict[str, torch.Tensor]:

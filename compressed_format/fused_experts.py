@@ -65,8 +65,9 @@ def split_fused(
         if not set(parts) <= set(stack.projections):
             continue
         for suffix, source, tensor in _tensors_of(name, parameter, stored):
-            if tensor.shape[:1] != (stack.count,) and suffix != "weight_shape":
-                message = f"has shape {list(tensor.shape)}, expected one slice for each of the {stack.count} experts"
+            if tensor.shape[:1] != (stack.num_experts,) and suffix != "weight_shape":
+                found = list(tensor.shape)
+                message = f"has shape {found}, expected one slice for each of the {stack.num_experts} experts"
                 fused.problems.append(Problem(source, message))
                 continue
             for index, projection in enumerate(parts):
@@ -79,7 +80,7 @@ def split_fused(
                     fused.problems.append(Problem(source, message))
                     break
                 if suffix == "weight_shape":
-                    make: Callable[..., torch.Tensor] = partial(_shapes, (stack.count, *shape))
+                    make: Callable[..., torch.Tensor] = partial(_shapes, (stack.num_experts, *shape))
                     size: tuple[int, ...] = (2,)
                 elif len(parts) == 1 or suffix in _SHARED or len(tensor.shape) < 3:
                     make, size = _whole, tuple(tensor.shape[1:])
@@ -87,7 +88,7 @@ def split_fused(
                     make = partial(_rows, index, len(parts), interleaved)
                     size = (tensor.shape[1] // len(parts), *tensor.shape[2:])
                 fused.recipes[f"{name}.{projection}.{suffix}"] = Recipe((source,), make)
-                for expert in range(stack.count):
+                for expert in range(stack.num_experts):
                     fused.stored[f"{name}.{expert}.{projection}"][suffix] = _Slice(tensor.dtype, size)
     return fused
 

@@ -99,7 +99,7 @@ class LazyWeight(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else None
-        if func in _METADATA or (func in _UNTRAINED and args[1:] == (_UNTRAINED[func],)):
+        if func in _METADATA or (func in _UNTRAINED and _given(args, kwargs) is _UNTRAINED[func]):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func in _ALIASES and isinstance(first, LazyWeight):
@@ -153,6 +153,11 @@ def _dense(value: Any) -> Any:
     return tree_map_only(LazyWeight, dequantized, value)
 
 
+def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The value that an attribute is set to; ``requires_grad_()`` means True."""
+    return args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
+
+
 def _holds_one(value: Any) -> bool:
     return any(isinstance(leaf, LazyWeight) for leaf in tree_leaves(value))
 
@@ -163,7 +168,7 @@ def _written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
     if _holds_one(kwargs.get("out")):
         return True
     in_place = name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__"))
-    in_place = in_place or (name.startswith("__i") and f"__{name[3:]}" in vars(torch.Tensor))
+    in_place = in_place or (name.startswith("__i") and hasattr(torch.Tensor, f"__{name[3:]}"))
     if not in_place and not kwargs.get("inplace"):
         return False
     # The initializers of torch.nn.init pass everything by name.

@@ -36,7 +36,7 @@ def left_dense(model: nn.Module, ignored: Container[str]) -> list[Problem]:
     kinds = list(dict.fromkeys(found.values()))
     others = ", …" if len(kinds) > 3 else ""
     message = (
-        f"{len(found)} parameters ({', '.join(kinds[:3])}{others}) stay dense, {size / total:.0%} of the model's bytes: "
-        "they are in no Linear, and their module computes with them in its own way"
+        f"{len(found)} parameters ({', '.join(kinds[:3])}{others}) stay dense, {size / total:.0%} of the model's "
+        "bytes: they are in no Linear, and their module computes with them in its own way"
     )
     return [Problem(next(iter(found)) + (", …" if len(found) > 1 else ""), message)]

@@ -57,9 +57,11 @@ def save_compressed(
     bytes written and their total. A model that is split between processes is saved by all of them together: the first
     one gathers the tensors in its memory, and writes them.
 
-    Raises :class:`CheckpointExistsError` if ``path`` holds something and ``overwrite`` is not set, and
-    :class:`FormatError` if the model holds no compressed module, or one that its config does not describe.
+    Raises :class:`CheckpointExistsError` if ``path`` holds something and ``overwrite`` is not set,
+    :class:`CheckpointError` if the model holds adapters of PEFT, and :class:`FormatError` if it holds no compressed
+    module, or one that its config does not describe.
     """
+    _refuse_adapters(model)
     config = saved_config(model)
     tensors, names = _stored_tensors(model)
     # Whoever loads the tensors by the checkpoint's names goes by these in the config too; whoever loads them through
@@ -93,6 +95,17 @@ def save_compressed(
         first_process_alone(lambda: write(whole))
     else:
         write(tensors)
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    """Adapters rename the layers that they wrap: nobody would find the weights under these names."""
+    names = [name for name, module in model.named_modules() if type(module).__module__.partition(".")[0] == "peft"]
+    if names:
+        raise CheckpointError(
+            f"the model holds adapters of PEFT ({', '.join(name or 'the model itself' for name in names[:2])}, …): save "
+            "these by its own save_pretrained(); unload() them to save the packed model, or decompress() it first and "
+            "merge_and_unload() to save both as one"
+        )
 
 
 def saved_config(model: nn.Module) -> QuantizationConfig:

@@ -23,7 +23,6 @@ from compressed_format.config import (
 from compressed_format.errors import CompressedFormatWarning, FormatError, Problem, UnsupportedFormatError
 from compressed_format.expert_compression import dense_stacks, projection_assignments
 from compressed_format.expert_skeleton import StackedExperts, dense_recipes, stack_experts
-from compressed_format.experts import CompressedExpertLinear
 from compressed_format.fitting import fit_module, meta_tensor
 from compressed_format.formats import SPARSITY_FORMATS
 from compressed_format.formats.base import StoredTensor, check_scales, decode_g_idx
@@ -229,9 +228,7 @@ class Skeleton:
         if found.module is None:
             return
         self.recipes |= found.recipes
-        for projection in found.module.expert_stack.projections:
-            module = found.module.get_submodule(projection)
-            assert isinstance(module, CompressedExpertLinear)
+        for projection, module in found.module.projections.items():
             if module.scheme is not None or module.sparsity is not None:
                 self._modules[f"{name}.{projection}"] = module
                 for place in self._names[name]:

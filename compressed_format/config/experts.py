@@ -15,14 +15,14 @@ _LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 
 class ExpertStack(NamedTuple):
-    """A module that holds the weights of ``count`` experts; each expert has the ``projections``."""
+    """A module that holds the weights of ``num_experts`` experts; each expert has the ``projections``."""
 
-    count: int
+    num_experts: int
     projections: tuple[str, ...]
 
     def names(self, module: str) -> Iterator[tuple[int, str, str]]:
         """Expert, projection, and the name that both have in a checkpoint, below the name of the ``module``."""
-        for expert in range(self.count):
+        for expert in range(self.num_experts):
             for projection in self.projections:
                 yield expert, projection, f"{module}.{expert}.{projection}".lstrip(".")
 

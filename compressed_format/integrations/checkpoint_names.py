@@ -6,12 +6,11 @@ rearrangements, only those of experts mean anything to them, and these are stack
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from compressed_format.config.experts import ExpertStack, expert_stack
 from compressed_format.errors import CheckpointError, Problem
@@ -92,7 +91,7 @@ def model_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def projection_names(model: nn.Module) -> dict[str, tuple[ExpertStack, dict[str, str]]]:
+def projection_names(model: Any) -> dict[str, tuple[ExpertStack, dict[str, str]]]:
     """For each module that holds a stack of experts: its projections, and what each is called in a checkpoint.
 
     transformers' own conversion of the dense weights is asked. Where a class keeps its experts stacked in files too,
@@ -155,7 +154,7 @@ def _prefixed(name: str, prefix: str) -> tuple[str, ...]:
 
 
 @contextmanager
-def _default_conversions(model: Any) -> Any:
+def _default_conversions(model: Any) -> Iterator[None]:
     """Within the context, ``model`` saves as its class does, whatever it was loaded from."""
     known = model.__dict__.pop("_weight_conversions", None)
     try:

@@ -23,14 +23,14 @@ __all__ = ["StackExperts", "remember_conversions"]
 _PATTERN = "experts of compressed_format"
 
 
-class _Nothing(ConversionOps):  # type: ignore[misc]
+class _Nothing(ConversionOps):
     """A conversion must have an operation; those here work on names, which an operation is not told."""
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         return input_dict
 
 
-class _ByName(WeightConverter):  # type: ignore[misc]
+class _ByName(WeightConverter):
     """A conversion that collects tensors by their names, and of which each of its results has a copy."""
 
     def __init__(self) -> None:
@@ -97,7 +97,7 @@ class _UnstackExperts(_ByName):
         mine = len(parts) == 3 and parts[1] in self.called.get(parts[0], ())
         return source_key, _PATTERN if mine else None
 
-    def convert(self, layer_name: str, model: Any = None, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def convert(self, layer_name: str, model: Any = None, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         ((name, (tensor,)),) = self.materialize_tensors().items()
         place, _, suffix = name.rpartition(".")
         stack, _, projection = place.rpartition(".")

@@ -12,7 +12,16 @@ import torch
 
 from compressed_format.errors import OpArgumentError
 from compressed_format.ops import reference
-from compressed_format.ops.schemas import FLOATS, LAYOUT, WEIGHT, check_weight, define_op, library, register_autocast
+from compressed_format.ops.schemas import (
+    FLOATS,
+    LAYOUT,
+    WEIGHT,
+    check_weight,
+    define_op,
+    library,
+    refuse_gradients,
+    register_autocast,
+)
 
 __all__ = ["expert_linear"]
 
@@ -36,8 +45,13 @@ def _check(
         fail("experts", f"must have a row for each of the {values.shape[0]} tokens, not {experts.shape[0]}")
 
 
-def _of_expert(weight: tuple[Any, ...], expert: int) -> tuple[Any, ...]:
+def _of_expert(weight: tuple[Any, ...], expert: int) -> Any:
     return tuple(None if tensor is None else tensor[expert] for tensor in weight)
+
+
+def _split(rest: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The tensors of the weight, and its layout."""
+    return rest[:5], rest[5:]
 
 
 def _out_features(weight: tuple[Any, ...]) -> int:
@@ -64,7 +78,7 @@ def _linear(input: torch.Tensor, experts: torch.Tensor, *rest: Any) -> torch.Ten
 
     There are ``E`` experts; number ``E`` stands for none, and gives zeros.
     """
-    weight, layout = rest[:5], rest[5:]
+    weight, layout = _split(rest)
     output = input.new_zeros((*experts.shape, _out_features(weight)))
     for expert in _routed(experts, weight[0].shape[0]):
         tokens, slots = (experts == expert).nonzero(as_tuple=True)
@@ -93,7 +107,7 @@ expert_linear = define_op(
 
 def _backward(gradient: torch.Tensor, experts: torch.Tensor, *rest: Any) -> torch.Tensor:
     """The gradient ``[T, columns]`` of ``input``, out of that of the output ``[T, k, O]``."""
-    weight, layout = rest[:5], rest[5:]
+    weight, layout = _split(rest)
     # Each slot has a row of its own, so that they are added in the same order whatever the device.
     by_slot = gradient.new_zeros((*experts.shape, layout[1]))
     for expert in _routed(experts, weight[0].shape[0]):
@@ -129,6 +143,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 
 def _gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    refuse_gradients("expert_linear", ctx.needs_input_grad[2:7])
     to_input = None
     if ctx.needs_input_grad[0]:
         experts, *weight = ctx.saved_tensors

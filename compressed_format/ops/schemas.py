@@ -27,6 +27,7 @@ __all__ = [
     "fake_quantize",
     "library",
     "linear",
+    "refuse_gradients",
     "register_autocast",
 ]
 
