@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import operator
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -70,7 +71,7 @@ FREE: dict[str, Callable[[torch.Tensor], Any]] = {
     "hash": lambda w: isinstance(hash(w), int),
     "new_zeros": lambda w: w.new_zeros(2, 3).tolist(),
     "new_ones": lambda w: w.new_ones(1, dtype=torch.int32),
-    "requires_grad_(False)": lambda w: w.requires_grad_(False).shape,
+    "requires_grad_(False)": lambda w: (w.requires_grad_(False).shape, w.requires_grad_(requires_grad=False).dtype),
 }
 
 
@@ -290,6 +291,21 @@ def test_writing_is_refused_and_not_lost(write: str) -> None:
     with pytest.raises(UnsupportedFormatError, match=r"packed tensors, which would not follow; .* or decompress\(\)"):
         WRITES[write](module.weight)
     assert_same_bits(module.dequantized_weight(), before)
+
+
+@pytest.mark.parametrize(
+    "name", ["iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift"]
+)
+def test_operators_that_write_are_refused(name: str) -> None:
+    with pytest.raises(UnsupportedFormatError, match="cannot be written to"):
+        getattr(operator, name)(compressed_linear().weight, 2)
+
+
+def test_operators_that_write_to_another_are_not() -> None:
+    module = compressed_linear()
+    sum_of_both = torch.ones(ROWS, COLUMNS)
+    sum_of_both += module.weight
+    assert_same_bits(sum_of_both, 1 + module.dequantized_weight())
 
 
 def test_it_can_be_neither_trained_nor_a_parameter() -> None:
