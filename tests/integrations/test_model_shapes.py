@@ -249,7 +249,9 @@ def test_tied_and_quantized_embeddings(
 
     by_transformers = load_compressed(tmp_path / "x")
     for loaded in (by_transformers, load_compressed(tmp_path / "x", model=build(tie_word_embeddings=still_tied))):
+        size = held(loaded)
         assert_same_bits(logits(loaded), expected)
+        assert held(loaded) == size == held(model)
         assert shared(loaded) == shared(model)
         assert_same_tensors(loaded.state_dict(), model.state_dict())
         assert type(loaded.get_input_embeddings()) is type(table)
