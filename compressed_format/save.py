@@ -101,10 +101,10 @@ def _refuse_adapters(model: nn.Module) -> None:
     """Adapters rename the layers that they wrap: nobody would find the weights under these names."""
     names = [name for name, module in model.named_modules() if type(module).__module__.partition(".")[0] == "peft"]
     if names:
+        found = ", ".join(name or "the model itself" for name in names[:2])
         raise CheckpointError(
-            f"the model holds adapters of PEFT ({', '.join(name or 'the model itself' for name in names[:2])}, …): save "
-            "these by its own save_pretrained(); unload() them to save the packed model, or decompress() it first and "
-            "merge_and_unload() to save both as one"
+            f"the model holds adapters of PEFT ({found}, …): save these by its own save_pretrained(); unload() them to "
+            "save the packed model, or decompress() it first and merge_and_unload() to save both as one"
         )
 
 

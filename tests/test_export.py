@@ -15,6 +15,7 @@ from torch.export import Dim, ExportedProgram
 
 from compressed_format import compress
 from tests.checks import assert_same_tensors
+from tests.integrations.decoders import DECODERS
 from tests.models import LLAMA_CONFIGS, Nested, compressed_llama, seeded, token_ids, weights
 from tests.test_linear import CASES, COLUMNS, FEW, ROWS, embedding_of, inputs, linear_of
 
@@ -117,6 +118,18 @@ def test_a_language_model(name: str) -> None:
     again = through_a_file(exported(model, token_ids()))
     assert ops_of(again).count("linear") == (15 if name == "everything" else 14)
     assert ops_of(again).count("embedding") == (1 if name == "everything" else 0)
+    assert_same_tensors(dict(again.state_dict), dict(model.state_dict()))
+    ids = token_ids().flip(1).repeat(2, 1)[:3]
+    with torch.no_grad():
+        torch.testing.assert_close(again.module()(ids), model(ids))
+
+
+@pytest.mark.parametrize("name", ["W4A16 group", "W8A8", "FP8_BLOCK"])
+@pytest.mark.parametrize("decoder", ["Mixtral", "Qwen3-MoE"])
+def test_a_mixture_of_experts(decoder: str, name: str) -> None:
+    model = Logits(compress(DECODERS[decoder](initializer_range=0.1), LLAMA_CONFIGS[name]))
+    again = through_a_file(exported(model, token_ids()))
+    assert ops_of(again).count("expert_linear") == (6 if decoder == "Mixtral" else 3)
     assert_same_tensors(dict(again.state_dict), dict(model.state_dict()))
     ids = token_ids().flip(1).repeat(2, 1)[:3]
     with torch.no_grad():

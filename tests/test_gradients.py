@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from compressed_format import CompressedEmbedding, CompressedLinear, OpArgumentError, UnsupportedFormatError, compress
 from tests.checks import assert_same_bits, assert_same_tensors
+from tests.integrations.decoders import DECODERS
+from tests.models import weights
 from tests.test_linear import (
     ACTIVATIONS,
     CASES,
@@ -235,6 +237,19 @@ def test_packed_tensors_that_are_made_trainable_are_named(case: str, name: str, 
         module(inputs(2)).sum().backward()
     with torch.no_grad():
         module(inputs(2))
+
+
+def test_packed_experts_that_are_made_trainable_are_named() -> None:
+    experts = compress(DECODERS["Mixtral"](), weights(8, "Linear", type="float")).model.layers[0].mlp.experts
+    x = torch.randn(3, experts.up_proj.in_features, requires_grad=True)
+    index = torch.tensor([[0, 1], [2, 3], [1, 0]])
+    experts.up_proj(x, index).sum().backward()
+    expected = experts.up_proj.weight.sum(dim=1)[index].sum(dim=1)
+    torch.testing.assert_close(x.grad, expected)
+    for parameter in experts.parameters():
+        parameter.requires_grad_()
+    with pytest.raises(OpArgumentError, match=r"^expert_linear: weight, scale must not require a gradient"):
+        experts.up_proj(x, index).sum().backward()
 
 
 def test_an_optimizer_of_everything_changes_no_packed_tensor() -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from compressed_format import (
+    CheckpointError,
     CompressedEmbedding,
     CompressedLinear,
     UnsupportedFormatError,
@@ -23,8 +24,11 @@ from compressed_format import (
     load_compressed,
     save_compressed,
 )
+from compressed_format.experts import CompressedExperts
 from compressed_format.linear import compressed_modules
 from tests.checks import assert_same_bits, assert_same_tensors
+from tests.integrations.decoders import DECODERS
+from tests.integrations.oracles import dense_twin
 from tests.models import LLAMA_CONFIGS, compressed_llama, logits, read_tensors, token_ids, weights
 
 pytestmark = pytest.mark.filterwarnings(
@@ -117,6 +121,50 @@ def test_gradients_are_those_of_the_decompressed_model(name: str) -> None:
     assert len(gradients(packed)) == 12
     for name, gradient in gradients(dense).items():
         torch.testing.assert_close(gradients(packed)[name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("name", ["W4A16 group", "W8A8", "FP8_BLOCK", "2:4"])
+@pytest.mark.parametrize("decoder", [name for name in DECODERS if name != "Llama"])
+def test_gradients_pass_through_packed_experts(decoder: str, name: str) -> None:
+    """The adapters of the first layer learn through the experts of all."""
+    packed = compress(DECODERS[decoder](initializer_range=0.1), CONFIGS[name])
+    dense = dense_twin(packed)
+    before = {key: tensor.clone() for key, tensor in packed.state_dict().items()}
+    stacks = [module for module in packed.modules() if isinstance(module, CompressedExperts)]
+    assert stacks
+    packed, dense = (adapted(model, target_modules=["q_proj", "v_proj"]) for model in (packed, dense))
+    if name in WEIGHTS_ONLY:  # an oracle that rounds has no straight-through gradient
+        for model in (packed, dense):
+            train(model, steps=1)
+        assert len(gradients(packed)) == 8
+        for key, gradient in gradients(dense).items():
+            torch.testing.assert_close(gradients(packed)[key], gradient, msg=key)
+    torch.testing.assert_close(logits(packed), logits(dense), rtol=1e-3, atol=1e-3)
+    losses = train(packed)
+    assert losses[0] > losses[1] > losses[2]
+    assert_same_tensors(base_tensors(packed), before)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointed_experts(use_reentrant: bool) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = adapted(compress(DECODERS["Mixtral"](use_cache=False), INT4), target_modules=["q_proj"]).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        train(model, steps=2)
+        found.append(gradients(model))
+    assert len(found[0]) == 4
+    assert_same_tensors(found[1], found[0])
+
+
+def test_adapters_of_experts_are_refused_by_peft() -> None:
+    model = compress(DECODERS["Mixtral"](), INT4)
+    with pytest.raises(ValueError, match=r"Target module CompressedExpertLinear\(.* is not supported"):
+        adapted(model, target_modules=["up_proj"])
+    with pytest.warns(RuntimeWarning, match="no parameter was matched"):
+        adapted(model, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])
 
 
 def test_adapters_of_embedding_and_head() -> None:
@@ -219,6 +267,17 @@ def test_adapters_of_an_embedding_are_saved_alone(tmp_path: Path) -> None:
     assert all(".lora_" in name for name in tensors)
     again = PeftModel.from_pretrained(load_compressed(tmp_path / "x"), tmp_path / "adapter")
     assert_same_bits(logits(again), logits(tuned))
+
+
+def test_a_model_with_adapters_is_no_checkpoint(tmp_path: Path) -> None:
+    """It would have names that nobody looks for."""
+    tuned = adapted(load_compressed(saved(INT4, tmp_path / "x")))
+    for model in (tuned, tuned.base_model.model):
+        with pytest.raises(CheckpointError, match=r"holds adapters of PEFT \(.*unload\(\)"):
+            save_compressed(model, tmp_path / "y")
+    assert not (tmp_path / "y").exists()
+    save_compressed(tuned.unload(), tmp_path / "y")
+    assert_same_tensors(read_tensors(tmp_path / "y"), read_tensors(tmp_path / "x"))
 
 
 def test_transformers_own_adapters(tmp_path: Path) -> None:
