@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 from transformers.distributed import tensor_parallel as transformers_parallel
@@ -20,7 +21,7 @@ from compressed_format.linear import CompressedEmbedding, CompressedLinear, Comp
 from compressed_format.split_weight import Sharding, plan_of, shard_tensor
 from compressed_format.tensor_parallel import Layouts, add_layout_hooks
 
-__all__ = ["refuse_other_splits", "restore_styles", "serve_styles", "with_distributed_config"]
+__all__ = ["refuse_other_splits", "restore_styles", "serve_styles", "split_what_was_tied", "with_distributed_config"]
 
 # Any, because releases differ in where these come from.
 _STYLES: Any = vars(transformers_parallel)["ALL_PARALLEL_STYLES"]
@@ -108,6 +109,7 @@ def serve_styles(model: Any, *, compressed: bool = True) -> None:
     for name in _SERVED:
         if name in _STYLES and not isinstance(_STYLES[name], _Style):
             _STYLES[name] = _Style(name)
+    _untie(model)
 
 
 def restore_styles() -> None:
@@ -118,6 +120,26 @@ def restore_styles() -> None:
             del _STYLES[name]
             if _STYLES.get(name) is not style.original:
                 _STYLES[name] = style.original
+
+
+def _untie(model: nn.Module) -> None:
+    """Give each compressed module parameters of its own; transformers ties them again when it has loaded them."""
+    seen: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, CompressedModule):
+            for name, value in module._parameters.items():
+                if value is not None and id(value) in seen:
+                    module._parameters[name] = nn.Parameter(torch.empty_like(value), requires_grad=value.requires_grad)
+                seen.add(id(value))
+
+
+def split_what_was_tied(model: nn.Module) -> None:
+    """Split the tensors of modules that are to be split, and have got those of one that is not."""
+    for module in model.modules():
+        if isinstance(module, CompressedModule) and isinstance(module._sharding, Sharding):
+            for name, value in module._parameters.items():
+                if value is not None and not is_split(value):
+                    shard_tensor(module, name, module._sharding.plan, module._sharding.mesh, None)
 
 
 def refuse_other_splits(model: nn.Module) -> None:
