@@ -21,11 +21,17 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from compressed_format import CompressedLinear, compress, load_compressed, save_compressed
-from compressed_format.errors import CheckpointError, CheckpointExistsError, UnsupportedFormatError
+from compressed_format.errors import (
+    CheckpointError,
+    CheckpointExistsError,
+    CompressedFormatWarning,
+    UnsupportedFormatError,
+)
 from compressed_format.gathering import gathered
 from compressed_format.linear import compressed_modules
 from tests.checks import assert_same_bits, assert_same_tensors
-from tests.models import read_tensors, seeded, weights
+from tests.integrations.decoders import tiny_mixtral
+from tests.models import read_config, read_tensors, seeded, weights
 
 WIDTH = 64
 _TOKEN = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
@@ -222,3 +228,25 @@ def check_both_save_the_whole_model_together(folder: Path) -> None:
         assert isinstance(caught.value, CheckpointExistsError) == (dist.get_rank() == 0)
         loaded = load_compressed(folder / name, model=seeded(Blocks, seed=1))
         torch.testing.assert_close(loaded(_ids()), whole(_ids()), rtol=0, atol=0)
+
+
+def check_experts(folder: Path) -> None:
+    """Stacked tensors are sharded by experts."""
+    whole = compress(tiny_mixtral(), weights(4, ignore=("lm_head",), strategy="group", group_size=32))
+    sharded = copy.deepcopy(whole)
+    for layer in sharded.model.layers:
+        fully_shard(layer)
+    fully_shard(sharded)
+    assert _held(sharded) < 0.6 * _held(whole)
+    ids = torch.arange(16).reshape(2, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(sharded(ids).logits, whole(ids).logits, rtol=0, atol=0)
+    with pytest.warns(CompressedFormatWarning, match="no source folder"):
+        save_compressed(sharded, folder / "experts")
+    if dist.get_rank() == 0:
+        with pytest.warns(CompressedFormatWarning, match="no source folder"):
+            save_compressed(whole, folder / "experts-whole")
+    dist.barrier()
+    assert_same_tensors(read_tensors(folder / "experts"), read_tensors(folder / "experts-whole"))
+    written = [read_config(folder / name) for name in ("experts", "experts-whole")]
+    assert written[0] == written[1]

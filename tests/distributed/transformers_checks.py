@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
 from transformers.distributed import DistributedConfig
 
 from compressed_format import (
     QuantizationConfig,
+    compress,
     disable_transformers,
     enable_transformers,
     load_compressed,
@@ -22,7 +23,8 @@ from compressed_format import (
 from compressed_format.errors import CompressedFormatWarning, UnsupportedFormatError
 from compressed_format.linear import compressed_modules
 from tests.checks import assert_same_tensors
-from tests.models import LLAMA_CONFIGS, compressed_llama, logits, read_tensors, token_ids, weights
+from tests.integrations.decoders import tiny_mixtral
+from tests.models import LLAMA_CONFIGS, compressed_llama, logits, read_tensors, seeded, tiny_llama, token_ids, weights
 
 _HEADS = QuantizationConfig.from_dict(
     weights(4, "Linear", "Embedding", symmetric=False, strategy="group", group_size=32)
@@ -140,3 +142,54 @@ def check_what_was_split_is_saved_whole(folder: Path) -> None:
         if name == "heads":  # transformers asks gloo to gather float8, which it cannot
             split.save_pretrained(folder / f"transformers-{name}")
             assert_same_tensors(read_tensors(folder / f"transformers-{name}"), read_tensors(path))
+
+
+def check_tied_and_scaled_embeddings(folder: Path) -> None:
+    """Gemma's table is scaled by its class, and is its output layer too."""
+    path = folder / "gemma"
+    if dist.get_rank() == 0:
+        fields = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+        sizes = {"num_hidden_layers": 1, "head_dim": 32, "vocab_size": 256, "tie_word_embeddings": True}
+        config = Gemma3TextConfig(**fields, **sizes, sliding_window=8)
+        model = seeded(AutoModelForCausalLM.from_config, config, dtype=torch.float32)
+        with pytest.warns(CompressedFormatWarning, match="no source folder"):
+            save_compressed(compress(model, _HEADS), path)
+    dist.barrier()
+    whole, split = load_compressed(path), load_compressed(path, **_tp())
+    torch.testing.assert_close(logits(split), logits(whole))
+    assert isinstance(split.lm_head._parameters["weight_packed"], DTensor)
+    save_compressed(split, folder / "gemma-again", source=path)
+    assert_same_tensors(read_tensors(folder / "gemma-again"), read_tensors(path))
+
+
+def check_experts_are_refused_by_name(folder: Path) -> None:
+    path = folder / "mixtral"
+    if dist.get_rank() == 0:
+        with pytest.warns(CompressedFormatWarning, match="no source folder"):
+            save_compressed(compress(tiny_mixtral(), CONFIGS["W4A16 group"]), path)
+    dist.barrier()
+    with pytest.raises(UnsupportedFormatError, match=r"layers\.0\.mlp\.experts: holds compressed modules"):
+        load_compressed(path, **_tp())
+
+
+def check_fsdp_of_transformers(folder: Path) -> None:
+    path = _saved(folder, "FP8")
+    sharded = load_compressed(path, distributed_config=DistributedConfig(fsdp_size=dist.get_world_size()))
+    assert all(isinstance(value, DTensor) for value in sharded.parameters())
+    assert _held(sharded) < 0.6 * _held(load_compressed(path))
+    torch.testing.assert_close(logits(sharded), logits(load_compressed(path)))
+    save_compressed(sharded, folder / "fsdp-again", source=path)
+    assert_same_tensors(read_tensors(folder / "fsdp-again"), read_tensors(path))
+
+
+def check_nothing_is_compressed_from_parts(folder: Path) -> None:
+    path = folder / "dense"
+    if dist.get_rank() == 0:
+        tiny_llama().save_pretrained(path)
+    dist.barrier()
+    enable_transformers()
+    try:
+        with pytest.raises(UnsupportedFormatError, match="compress and save it in one, and load that"):
+            AutoModelForCausalLM.from_pretrained(path, quantization_config=QuantizationConfig.preset("W8A16"), **_tp())
+    finally:
+        disable_transformers()
