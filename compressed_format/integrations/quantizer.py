@@ -284,19 +284,22 @@ def _new_heads(model: Any, stored: Iterable[str]) -> list[str]:
 
 
 def _left_over(model: Any, stored: Mapping[str, StoredTensor], skeleton: Skeleton) -> Iterator[Problem]:
-    """Packed tensors that nothing in ``model`` takes although their module is there, and biases that are missing.
+    """Modules that are stored packed and that nothing in ``model`` takes although it has them; biases that are missing.
 
     Of what is not compressed, transformers itself tells.
     """
-    state = model.state_dict()
+    taken = {source for recipe in skeleton.recipes.values() for source in recipe.sources}
+    taken |= skeleton.explained | model.state_dict().keys()
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    for name in stored:
+    told: set[str] = set()
+    for name in sorted(stored.keys() - taken):
         module, _, suffix = name.rpartition(".")
         packed = (is_of_weight(suffix) and suffix.startswith("weight_")) or suffix in ("compressed", "bitmask")
-        known = name in state or name in skeleton.explained or any(pattern.search(name) for pattern in ignored)
-        if packed and not known and _has_place(model, module):
-            message = f"is in the checkpoint, but no target of the config reaches {module}, which would stay random"
-            yield Problem(name, message)
+        if packed and module not in told and not any(pattern.search(name) for pattern in ignored):
+            told.add(module)
+            if _has_place(model, module):
+                message = f"is in the checkpoint, but no target of the config reaches {module}, which would stay random"
+                yield Problem(name, message)
     for name, compressed in compressed_modules(model).items():
         if compressed._parameters.get("bias") is not None and f"{name}.bias" not in stored:
             yield Problem(f"{name}.bias", "is missing from the checkpoint")

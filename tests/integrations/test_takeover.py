@@ -429,6 +429,54 @@ def test_the_model_without_its_head(tmp_path: Path) -> None:
     assert_same_tensors(base.state_dict(), model.model.state_dict())
 
 
+# Mixtures of experts -------------------------------------------------------------------------------------------------
+
+EXPERTS = {name: CONFIGS[name] for name in ("W4A16 group", "W4 asymmetric group", "W8A8", "FP8_DYNAMIC", "FP8_BLOCK")}
+
+
+@pytest.fixture
+def mixtral() -> Any:
+    torch.manual_seed(0)
+    fields = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.MixtralConfig(
+        **fields, vocab_size=VOCABULARY, num_local_experts=3, num_key_value_heads=2, tie_word_embeddings=False
+    )
+    return transformers.MixtralForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("config", EXPERTS.values(), ids=EXPERTS.keys())
+@pytest.mark.usefixtures("enabled")
+def test_experts_run_packed(config: Any, mixtral: Any, tmp_path: Path) -> None:
+    model = compress(mixtral, config)
+    model.save_pretrained(tmp_path / "x")
+    stored = read_tensors(tmp_path / "x")
+    loaded = plain(tmp_path / "x")
+    assert_same_bits(logits(loaded), logits(model))
+    assert held_bytes(loaded) == sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+    loaded.save_pretrained(tmp_path / "y")
+    assert_same_tensors(read_tensors(tmp_path / "y"), stored)
+    dense = plain(tmp_path / "x", quantization_config=CompressedTensorsConfig(dequantize=True))
+    assert_same_tensors(dense.state_dict(), decompress(load_compressed(tmp_path / "x")).state_dict())
+
+
+@pytest.mark.usefixtures("enabled")
+def test_experts_that_do_not_fit(mixtral: Any, tmp_path: Path) -> None:
+    compress(mixtral, CONFIGS["W4A16 group"]).save_pretrained(tmp_path / "x")
+    edit_config(tmp_path / "x", quantization_config={"ignore": ["lm_head", "re:.*experts.*"]})
+    with pytest.raises(CheckpointError) as caught:
+        plain(tmp_path / "x")
+    found = problems_of(caught.value)
+    assert len(found) == 9
+    place = "model.layers.0.mlp.experts.2.up_proj"
+    assert f"no target of the config reaches {place}" in found[f"{place}.weight_packed"]
+    edit_config(tmp_path / "x", quantization_config={"ignore": ["lm_head"]})
+    (lost,) = (name for name in read_tensors(tmp_path / "x") if name.endswith("experts.1.w3.weight_scale"))
+    edit_tensors(tmp_path / "x", drop=(lost,))
+    with pytest.raises(CheckpointError) as caught:
+        plain(tmp_path / "x")
+    assert "is missing" in problems_of(caught.value)["model.layers.0.mlp.experts.1.up_proj.weight_scale"]
+
+
 # What loading can be told --------------------------------------------------------------------------------------------
 
 
