@@ -216,7 +216,11 @@ def _share(model: Any, *, compressed: bool = True) -> None:
 
 def _have_shared(model: Any) -> None:
     if getattr(model.config, "distributed_config", None) is not None:
-        from compressed_format.integrations.tensor_parallel import refuse_other_splits, restore_styles, split_what_was_tied
+        from compressed_format.integrations.tensor_parallel import (
+            refuse_other_splits,
+            restore_styles,
+            split_what_was_tied,
+        )
 
         restore_styles()
         split_what_was_tied(model)
