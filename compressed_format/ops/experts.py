@@ -32,16 +32,18 @@ def _check(
     def fail(argument: str, message: str) -> None:
         raise OpArgumentError(f"{op}: {argument} {message}")
 
-    tensors = [tensor for tensor in weight if tensor is not None]
-    counts = {tensor.shape[0] if tensor.ndim else 0 for tensor in tensors}
-    if len(counts) != 1 or counts == {0}:
-        fail("weight", f"must be stacked for one and the same number of experts, not for {sorted(counts)}")
+    counts = [tensor.shape[0] if tensor.ndim else 0 for tensor in weight if tensor is not None]
+    if counts[0] == 0 or any(count != counts[0] for count in counts):
+        fail("weight", f"must be stacked for one and the same number of experts, not for {counts}")
+    codes, bitmask = weight[0], weight[4]
+    if bitmask is None and codes.ndim > 3:
+        fail("weight", f"must be a matrix for each expert, not {codes.ndim - 1}-dimensional")
     check_weight(op, *_of_expert(weight, 0), *layout)
     if experts.dtype != torch.int64 or experts.ndim != 2:
         fail("experts", f"must be int64 [tokens, experts of each], not {experts.dtype} {list(experts.shape)}")
     if values.dtype not in FLOATS:
         fail("input", f"must have a float dtype, not {values.dtype}")
-    if values.shape[0] != experts.shape[0]:
+    if values.ndim and values.shape[0] != experts.shape[0]:
         fail("experts", f"must have a row for each of the {values.shape[0]} tokens, not {experts.shape[0]}")
 
 
@@ -59,12 +61,12 @@ def _out_features(weight: tuple[Any, ...]) -> int:
     return int(codes.shape[1] if bitmask is None else bitmask.shape[1])
 
 
-def _routed(experts: torch.Tensor, count: int) -> list[int]:
+def _routed(op: str, experts: torch.Tensor, count: int) -> list[int]:
     """The experts that some token is routed to, without the one that stands for none."""
     found: list[int] = experts.unique().tolist()
     if found and not 0 <= found[0] <= found[-1] <= count:
         raise OpArgumentError(
-            f"expert_linear: experts must lie in 0 to {count - 1}, or be {count} for none, "
+            f"{op}: experts must lie in 0 to {count - 1}, or be {count} for none, "
             f"not in {found[0]} to {found[-1]}"
         )
     return [expert for expert in found if expert < count]
@@ -80,7 +82,7 @@ def _linear(input: torch.Tensor, experts: torch.Tensor, *rest: Any) -> torch.Ten
     """
     weight, layout = _split(rest)
     output = input.new_zeros((*experts.shape, _out_features(weight)))
-    for expert in _routed(experts, weight[0].shape[0]):
+    for expert in _routed("expert_linear", experts, weight[0].shape[0]):
         tokens, slots = (experts == expert).nonzero(as_tuple=True)
         output[tokens, slots] = reference.linear(input[tokens], *_of_expert(weight, expert), None, *layout)
     return output
@@ -110,7 +112,7 @@ def _backward(gradient: torch.Tensor, experts: torch.Tensor, *rest: Any) -> torc
     weight, layout = _split(rest)
     # Each slot has a row of its own, so that they are added in the same order whatever the device.
     by_slot = gradient.new_zeros((*experts.shape, layout[1]))
-    for expert in _routed(experts, weight[0].shape[0]):
+    for expert in _routed("expert_linear_backward", experts, weight[0].shape[0]):
         tokens, slots = (experts == expert).nonzero(as_tuple=True)
         dense = reference.dequantize(*_of_expert(weight, expert), *layout)
         by_slot[tokens, slots] = gradient[tokens, slots] @ dense.to(gradient.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -32,21 +33,29 @@ def op(name: str, twin: str = "") -> Callable[..., torch.Tensor]:
     return getattr(torch.ops.compressed_format, name + twin).default
 
 
-def dense_weight(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (ROWS, COLUMNS)) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+def dense_weight(
+    dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (ROWS, COLUMNS), seed: int = 0
+) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def quantized_weight(
-    format: str, *, sparsity: str = "", dtype: torch.dtype = torch.float32, g_idx: bool = False, **fields: Any
+    format: str,
+    *,
+    sparsity: str = "",
+    dtype: torch.dtype = torch.float32,
+    g_idx: bool = False,
+    seed: int = 0,
+    **fields: Any,
 ) -> Weight:
     """A weight in the tensors of a format, as a module holds them."""
     args = QuantizationArgs(**fields)
-    weight = dense_weight(dtype)
+    weight = dense_weight(dtype, seed=seed)
     if sparsity:
         weight = prune_2_of_4(weight)
     order = None
     if g_idx:
-        columns = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(1))
+        columns = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(seed + 1))
         order = (columns // args.group_size).to(torch.int32)
     quantized = quantize(weight, args, g_idx=order)
     tensors = FORMATS[CompressionFormat(format)].encode(quantized, args)
@@ -58,8 +67,8 @@ def quantized_weight(
     return Weight(tuple(tensors.get(name) for name in names), layout, dequantize(quantized, args))
 
 
-def plain_weight(*, sparsity: str = "", dtype: torch.dtype = torch.float32) -> Weight:
-    weight, bitmask = dense_weight(dtype), None
+def plain_weight(*, sparsity: str = "", dtype: torch.dtype = torch.float32, seed: int = 0) -> Weight:
+    weight, bitmask = dense_weight(dtype, seed=seed), None
     stored = weight
     if sparsity:
         weight = prune_2_of_4(weight)
@@ -72,35 +81,35 @@ PACK, INT, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
 GROUP, BLOCK = {"strategy": "group", "group_size": 8}, {"strategy": "block", "block_structure": (4, 10)}
 ASYMMETRIC = {"symmetric": False}
 
-WEIGHTS: dict[str, Callable[[], Weight]] = {
-    **{f"packed {bits}": lambda b=bits: quantized_weight(PACK, num_bits=b, strategy="channel") for bits in range(1, 9)},
-    "packed 3 group asymmetric": lambda: quantized_weight(PACK, num_bits=3, **GROUP, **ASYMMETRIC),
-    "packed 4 group": lambda: quantized_weight(PACK, num_bits=4, **GROUP, dtype=torch.bfloat16),
-    "packed 4 group asymmetric": lambda: quantized_weight(PACK, num_bits=4, **GROUP, **ASYMMETRIC),
-    "packed 4 channel asymmetric": lambda: quantized_weight(PACK, num_bits=4, strategy="channel", **ASYMMETRIC),
-    "packed 4 tensor asymmetric": lambda: quantized_weight(PACK, num_bits=4, strategy="tensor", **ASYMMETRIC),
-    "packed 4 block asymmetric": lambda: quantized_weight(PACK, num_bits=4, **BLOCK, **ASYMMETRIC),
-    "packed 4 reordered": lambda: quantized_weight(PACK, num_bits=4, **GROUP, g_idx=True),
-    "packed 4 reordered asymmetric": lambda: quantized_weight(PACK, num_bits=4, **GROUP, **ASYMMETRIC, g_idx=True),
-    "int8 channel": lambda: quantized_weight(INT, num_bits=8, strategy="channel", dtype=torch.float16),
-    "int8 tensor": lambda: quantized_weight(INT, num_bits=8, strategy="tensor"),
-    "int8 group asymmetric": lambda: quantized_weight(INT, num_bits=8, **GROUP, **ASYMMETRIC),
-    "int8 block": lambda: quantized_weight(INT, num_bits=8, **BLOCK),
-    "int4 reordered": lambda: quantized_weight(INT, num_bits=4, **GROUP, g_idx=True),
-    "float8 tensor": lambda: quantized_weight(FLOAT, num_bits=8, type="float", strategy="tensor"),
-    "float8 channel": lambda: quantized_weight(FLOAT, num_bits=8, type="float", strategy="channel"),
-    "float8 block": lambda: quantized_weight(FLOAT, num_bits=8, type="float", **BLOCK, dtype=torch.bfloat16),
-    "float8 channel asymmetric": lambda: quantized_weight(
-        FLOAT, num_bits=8, type="float", strategy="channel", **ASYMMETRIC
+WEIGHTS: dict[str, Callable[..., Weight]] = {
+    **{f"packed {bits}": partial(quantized_weight, PACK, num_bits=bits, strategy="channel") for bits in range(1, 9)},
+    "packed 3 group asymmetric": partial(quantized_weight, PACK, num_bits=3, **GROUP, **ASYMMETRIC),
+    "packed 4 group": partial(quantized_weight, PACK, num_bits=4, **GROUP, dtype=torch.bfloat16),
+    "packed 4 group asymmetric": partial(quantized_weight, PACK, num_bits=4, **GROUP, **ASYMMETRIC),
+    "packed 4 channel asymmetric": partial(quantized_weight, PACK, num_bits=4, strategy="channel", **ASYMMETRIC),
+    "packed 4 tensor asymmetric": partial(quantized_weight, PACK, num_bits=4, strategy="tensor", **ASYMMETRIC),
+    "packed 4 block asymmetric": partial(quantized_weight, PACK, num_bits=4, **BLOCK, **ASYMMETRIC),
+    "packed 4 reordered": partial(quantized_weight, PACK, num_bits=4, **GROUP, g_idx=True),
+    "packed 4 reordered asymmetric": partial(quantized_weight, PACK, num_bits=4, **GROUP, **ASYMMETRIC, g_idx=True),
+    "int8 channel": partial(quantized_weight, INT, num_bits=8, strategy="channel", dtype=torch.float16),
+    "int8 tensor": partial(quantized_weight, INT, num_bits=8, strategy="tensor"),
+    "int8 group asymmetric": partial(quantized_weight, INT, num_bits=8, **GROUP, **ASYMMETRIC),
+    "int8 block": partial(quantized_weight, INT, num_bits=8, **BLOCK),
+    "int4 reordered": partial(quantized_weight, INT, num_bits=4, **GROUP, g_idx=True),
+    "float8 tensor": partial(quantized_weight, FLOAT, num_bits=8, type="float", strategy="tensor"),
+    "float8 channel": partial(quantized_weight, FLOAT, num_bits=8, type="float", strategy="channel"),
+    "float8 block": partial(quantized_weight, FLOAT, num_bits=8, type="float", **BLOCK, dtype=torch.bfloat16),
+    "float8 channel asymmetric": partial(
+        quantized_weight, FLOAT, num_bits=8, type="float", strategy="channel", **ASYMMETRIC
     ),
     "plain": plain_weight,
-    "plain bfloat16": lambda: plain_weight(dtype=torch.bfloat16),
-    "plain 2:4": lambda: plain_weight(sparsity="sparse-24-bitmask"),
-    "plain bitmask": lambda: plain_weight(sparsity="sparse-bitmask"),
-    "int8 2:4": lambda: quantized_weight(INT, num_bits=8, strategy="channel", sparsity="sparse-24-bitmask"),
-    "int8 bitmask group": lambda: quantized_weight(INT, num_bits=8, **GROUP, sparsity="sparse-bitmask"),
-    "float8 2:4": lambda: quantized_weight(
-        FLOAT, num_bits=8, type="float", strategy="channel", sparsity="sparse-24-bitmask"
+    "plain bfloat16": partial(plain_weight, dtype=torch.bfloat16),
+    "plain 2:4": partial(plain_weight, sparsity="sparse-24-bitmask"),
+    "plain bitmask": partial(plain_weight, sparsity="sparse-bitmask"),
+    "int8 2:4": partial(quantized_weight, INT, num_bits=8, strategy="channel", sparsity="sparse-24-bitmask"),
+    "int8 bitmask group": partial(quantized_weight, INT, num_bits=8, **GROUP, sparsity="sparse-bitmask"),
+    "float8 2:4": partial(
+        quantized_weight, FLOAT, num_bits=8, type="float", strategy="channel", sparsity="sparse-24-bitmask"
     ),
 }
 every_weight = pytest.mark.parametrize("kind", list(WEIGHTS))
