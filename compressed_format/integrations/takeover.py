@@ -10,7 +10,7 @@ from typing import Any
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.import_utils import is_compressed_tensors_available
 
-from compressed_format.config import QuantizationConfig
+from compressed_format.config import QuantizationConfig, QuantizationStatus
 from compressed_format.errors import CompressedFormatWarning, ConfigError, Problem, UnsupportedFormatError
 from compressed_format.integrations.quantization_config import CompressedTensorsConfig
 from compressed_format.integrations.quantizer import CompressedFormatQuantizer
@@ -88,4 +88,6 @@ def _not_served(quantization_config: Any) -> list[Problem]:
         config, _ = QuantizationConfig.from_checkpoint(CompressedTensorsConfig.of(quantization_config).to_dict())
     except ConfigError as error:
         return list(error.problems) or [Problem("", error.message)]
+    if config.quantization_status is QuantizationStatus.DECOMPRESSED:
+        return [Problem("quantization_status", "is decompressed, so the weights are stored dense beside their scales")]
     return unserved(config)

@@ -566,6 +566,17 @@ def test_mx_formats_go_to_the_original(tmp_path: Path) -> None:
         assert not hasattr(model.config, "quantization_config")
 
 
+def test_what_transformers_saved_after_running_goes_to_the_original(folder: Path, tmp_path: Path) -> None:
+    """Its own models go dense when they run, and are saved that way."""
+    model = plain(folder)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "y")
+    assert read_config(tmp_path / "y")["quantization_config"]["quantization_status"] == "decompressed"
+    with enable_transformers(), pytest.warns(CompressedFormatWarning, match="quantization_status: is decompressed"):
+        again = plain(tmp_path / "y")
+    assert_same_bits(logits(again), expected)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
