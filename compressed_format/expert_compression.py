@@ -87,13 +87,10 @@ def expert_linears(module: nn.Module, stack: ExpertStack, name: str) -> dict[str
     if is_offloaded(module):
         message = "its experts are offloaded by accelerate; compress the model before, or while it is loaded"
         raise QuantizationError(problems=[Problem(name, message)])
-    linears = {}
-    for expert, projection, full_name in stack.names(name):
-        weight = _view(module, projection, expert)
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        linears[full_name] = linear.train(module.training)
-    return linears
+    return {
+        full_name: _linear(_view(module, projection, expert)).train(module.training)
+        for expert, projection, full_name in stack.names(name)
+    }
 
 
 def compress_experts(
@@ -116,10 +113,8 @@ def compress_experts(
             if assignment is None:
                 tensors["weight"].append(weight)
                 continue
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            linear.weight = nn.Parameter(weight, requires_grad=False)
             full_name = f"{name}.{expert}.{projection}"
-            compressed = compress_module(linear, assignment, activation_scales.get(full_name, {}), full_name)
+            compressed = compress_module(_linear(weight), assignment, activation_scales.get(full_name, {}), full_name)
             for suffix, tensor in compressed._parameters.items():
                 if tensor is not None:
                     tensors[suffix].append(tensor.data)
@@ -249,6 +244,16 @@ def _view(module: nn.Module, projection: str, expert: int) -> torch.Tensor:
     if module.is_concatenated:
         return weight.chunk(2)[0 if projection == "gate_proj" else 1]
     return weight[0 if projection == "gate_proj" else 1 :: 2]
+
+
+def _linear(weight: torch.Tensor) -> nn.Linear:
+    """A Linear of ``weight`` ``[O, I]``. There are many, and most of what the constructor does is to fill them."""
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.out_features, linear.in_features = weight.shape
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.register_parameter("bias", None)
+    return linear
 
 
 def _alike(module: nn.Module, kind: type[nn.Module]) -> Any:

@@ -158,7 +158,8 @@ def _stored_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str
         return tensors, {name: name for name in tensors}
     from compressed_format.integrations.checkpoint_names import stored_tensors
 
-    packed = {name for name in tensors if name.rpartition(".")[0] in stored_modules(model)}
+    compressed = stored_modules(model)
+    packed = {name for name in tensors if name.rpartition(".")[0] in compressed}
     return stored_tensors(model, tensors, packed)
 
 

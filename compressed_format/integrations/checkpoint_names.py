@@ -35,25 +35,27 @@ def stored_tensors(model: Any, tensors: Mapping[str, torch.Tensor], packed: Iter
     from transformers.core_model_loading import revert_weight_conversion
 
     projections = projection_names(model)
-    own: dict[str, str] = {}  # the name that transformers' renamings take -> the model's
-    for name in tensors:
-        own[_with_projection(name, {stack: found for stack, (_, found) in projections.items()})] = name
-    reverted = revert_weight_conversion(model, {taken: tensors[name] for taken, name in own.items()})
+    of_experts = [name for name in tensors if _stack_of(name) in projections]
+    others = {name: tensor for name, tensor in tensors.items() if _stack_of(name) not in projections}
+    reverted: dict[str, torch.Tensor] = dict(revert_weight_conversion(model, others))
     by_identity = {id(tensor): stored for stored, tensor in reverted.items()}
-    found = {name: by_identity.get(id(tensors[name])) for name in own.values()}
-    lost = [name for name in packed if found.get(name) is None]
+    names = {name: by_identity[id(tensor)] for name, tensor in others.items() if id(tensor) in by_identity}
+    lost = [name for name in packed if name in others and name not in names]
     if lost:
         message = "is rearranged by transformers when it is saved, which packed tensors cannot follow"
         raise CheckpointError("the model cannot be saved:", [Problem(name, message) for name in lost])
-    names = {name: stored for name, stored in found.items() if stored is not None}
-    for stack, (experts, projected) in projections.items():
-        if any(f"{stack}.{parameter}" in tensors for parameter in ("gate_up_proj", "up_proj", "down_proj")):
-            place = f"{stack}.0.{experts.projections[0]}.weight"
-            taken = _with_projection(place, {stack: projected})
-            parent = next(iter(revert_weight_conversion(model, {taken: torch.empty(0)}))).rsplit(".", 3)[0]
-            for expert, projection, module in experts.names(stack):
-                names[f"{module}.weight"] = f"{parent}.{expert}.{projected[projection]}.weight"
-    return StoredTensors(dict(reverted), names)
+    # Renamings that reach an expert reach all of a stack alike, and asking for one of them is asking little.
+    for stack, (experts, called) in projections.items():
+        place = f"{stack}.0.{called['down_proj']}.weight"
+        (stored,) = revert_weight_conversion(model, {place: torch.empty(0, device="meta")})
+        parent = stored.rsplit(".", 3)[0]
+        for expert, projection, module in experts.names(stack):
+            names[f"{module}.weight"] = f"{parent}.{expert}.{called[projection]}.weight"
+    for name in of_experts:
+        module, _, suffix = name.rpartition(".")
+        names[name] = f"{names[f'{module}.weight'].removesuffix('weight')}{suffix}"
+        reverted[names[name]] = tensors[name]
+    return StoredTensors(reverted, names)
 
 
 def checkpoint_names(model: Any) -> dict[str, str]:
@@ -130,6 +132,11 @@ def _same_place(parent: str, stack: str, leaf: str) -> bool:
     """Whether a stack's name in a checkpoint can be that of ``stack``: layer numbers and the last part stay."""
     numbers = [part for part in stack.split(".") if part.isdigit()]
     return [part for part in parent.split(".") if part.isdigit()] == numbers and parent.rpartition(".")[2] == leaf
+
+
+def _stack_of(name: str) -> str:
+    """The stack that holds the expert whose tensor ``name`` would be, if it is one's."""
+    return name.rsplit(".", 3)[0]
 
 
 def _with_projection(name: str, projections: Mapping[str, Mapping[str, str]]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -37,9 +38,9 @@ class _ByName(WeightConverter):
         super().__init__(_PATTERN, _PATTERN, [_Nothing()])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        new = type(self).__new__(type(self))
-        _ByName.__init__(new)
-        new.__dict__.update(self.__dict__)
+        # transformers copies a conversion for every tensor that it takes.
+        new = copy(self)
+        new.collected_tensors, new.layer_targets = defaultdict(list), defaultdict(set)
         return new
 
     def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:

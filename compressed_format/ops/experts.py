@@ -84,7 +84,8 @@ def _linear(input: torch.Tensor, experts: torch.Tensor, *rest: Any) -> torch.Ten
     output = input.new_zeros((*experts.shape, _out_features(weight)))
     for expert in _routed("expert_linear", experts, weight[0].shape[0]):
         tokens, slots = (experts == expert).nonzero(as_tuple=True)
-        output[tokens, slots] = reference.linear(input[tokens], *_of_expert(weight, expert), None, *layout)
+        rest_of_linear = (*_of_expert(weight, expert), None, *layout)
+        output[tokens, slots] = reference.linear(input[tokens], *rest_of_linear)
     return output
 
 
