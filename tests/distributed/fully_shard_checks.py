@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, parallel
 
 from compressed_format import CompressedLinear, compress, load_compressed, save_compressed
 from compressed_format.errors import (
@@ -29,6 +32,7 @@ from compressed_format.errors import (
 )
 from compressed_format.gathering import gathered
 from compressed_format.linear import compressed_modules
+from compressed_format.tensor_parallel import parallelize_module
 from tests.checks import assert_same_bits, assert_same_tensors
 from tests.integrations.decoders import tiny_mixtral
 from tests.models import read_config, read_tensors, seeded, weights
@@ -102,6 +106,14 @@ def _held(model: nn.Module) -> int:
         local = value.to_local() if isinstance(value, DTensor) else value
         storages[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
     return sum(storages.values())
+
+
+@contextmanager
+def _views_allowed() -> Iterator[None]:
+    """Without torch's warning that an output is a view, as that of a plain Linear is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+        yield
 
 
 def check_forward_and_gradients(folder: Path) -> None:
@@ -188,9 +200,7 @@ def check_mixed_precision(folder: Path) -> None:
         for module in compressed_modules(sharded).values():
             fully_shard(module, mp_policy=MixedPrecisionPolicy(output_dtype=torch.bfloat16))
         sharded = _sharded(sharded, mp_policy=policy)
-        with warnings.catch_warnings():
-            # Of a plain Linear, torch would say so too: with more than two dimensions, its output is a view.
-            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+        with _views_allowed():
             output = sharded(_ids())
         assert output.dtype == torch.bfloat16
         torch.testing.assert_close(output.float(), whole(_ids()), rtol=0.1, atol=0.1)
@@ -250,3 +260,25 @@ def check_experts(folder: Path) -> None:
     assert_same_tensors(read_tensors(folder / "experts"), read_tensors(folder / "experts-whole"))
     written = [read_config(folder / name) for name in ("experts", "experts-whole")]
     assert written[0] == written[1]
+
+
+def check_beside_tensor_parallelism(folder: Path) -> None:
+    """Parts of parts: a mesh for each of the two, one of which is a single process here."""
+    plan = {"up": parallel.ColwiseParallel(), "down": parallel.RowwiseParallel()}
+    for sizes in ((2, 1), (1, 2)):
+        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("dp", "tp"))
+        for config in (weights(4), _fp8()):
+            layers = {"up": nn.Linear(WIDTH, WIDTH), "relu": nn.ReLU(), "down": nn.Linear(WIDTH, WIDTH)}
+            whole = compress(nn.Sequential(OrderedDict(layers)), config)
+            split = parallelize_module(copy.deepcopy(whole), mesh["tp"], plan)
+            split = fully_shard(split, mesh=mesh["dp"])
+            reference = parallelize_module(whole, init_device_mesh("cpu", (2,)), plan)
+            inputs = [torch.ones(3, WIDTH).cumsum(1).requires_grad_() for _ in range(2)]
+            with _views_allowed():
+                outputs = [model(input) for model, input in zip((reference, split), inputs, strict=True)]
+            torch.testing.assert_close(outputs[1], outputs[0])
+            for output in outputs:
+                output.sum().backward()
+            torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
+            split.reshard()
+            assert len(split.up.bias.placements) == 2
