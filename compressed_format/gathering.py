@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.tensor import DTensor
 
-from compressed_format.errors import CheckpointError
+from compressed_format.errors import CheckpointError, FormatError, Problem
+from compressed_format.linear import CompressedModule
 
-__all__ = ["first_process_alone", "gather_to_first", "gathered"]
+__all__ = ["first_process_alone", "gather_to_first", "gathered", "problems_of_all", "problems_of_whole"]
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
@@ -57,3 +59,37 @@ def first_process_alone(action: Callable[[], None]) -> None:
     if told[0] is not None:
         name, message = told[0]
         raise CheckpointError(f"the first process could not save the model: {name}: {message}")
+
+
+def problems_of_all(problems: list[Problem]) -> list[Problem]:
+    """What each process has found wrong with its part, known to all, so that none of them goes on alone."""
+    found: list[list[tuple[str, str]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, [(problem.place, problem.message) for problem in problems])
+    return [Problem(*problem) for problem in dict.fromkeys(problem for part in found for problem in part)]
+
+
+def problems_of_whole(name: str, module: CompressedModule, check: Callable[[], object]) -> list[Problem]:
+    """What ``check`` finds wrong with ``module`` while that has all of its tensors, which are sharded otherwise.
+
+    ``check`` raises :class:`FormatError`; what it puts in the place of the tensors is lost, and a problem too.
+    """
+    held = dict(module._parameters)
+    for suffix, value in held.items():
+        if value is not None:
+            module._parameters[suffix] = nn.Parameter(gathered(value).detach(), requires_grad=False)
+    whole = dict(module._parameters)
+    try:
+        check()
+    except FormatError as error:
+        return list(error.problems)
+    else:
+        same = whole.keys() == module._parameters.keys() and all(
+            value is module._parameters[suffix] for suffix, value in whole.items()
+        )
+        message = (
+            "is stored in an older layout, which is re-encoded as it is loaded; load it in one process and save it"
+        )
+        return [] if same else [Problem(name, message)]
+    finally:
+        module._parameters.clear()
+        module._parameters.update(held)

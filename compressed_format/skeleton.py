@@ -28,7 +28,7 @@ from compressed_format.formats import SPARSITY_FORMATS
 from compressed_format.formats.base import StoredTensor, check_scales, decode_g_idx
 from compressed_format.fused_experts import Recipe
 from compressed_format.kv_cache import keep_cache_scales
-from compressed_format.linear import CompressedModule, is_of_weight
+from compressed_format.linear import CompressedModule, is_of_weight, is_split
 from compressed_format.module_compression import compressed_successor, out_features, treatment
 from compressed_format.offloading import is_offloaded, onloaded
 from compressed_format.older_layouts import modernize, older_layout, without_marlin
@@ -147,6 +147,9 @@ class Skeleton:
             if module._sharding is not None:
                 problems += module._sharding.problems(module, self.config.version, name)
                 continue
+            if any(value is not None and is_split(value) for value in module._parameters.values()):
+                problems += self._problems_of_whole(name, module)
+                continue
             weight = module._parameters[module._weight_name]
             twin = done.setdefault(weight, module)
             # What is offloaded is kept for each module under its own name, so that twins are finished one by one.
@@ -174,6 +177,10 @@ class Skeleton:
                 module.share_weight(twin)
             elif legacy is not None:
                 re_encoded[legacy] += 1
+        if any(module._sharding is not None for module in self._modules.values()):
+            from compressed_format.gathering import problems_of_all
+
+            problems = problems_of_all(problems)
         if problems:
             raise FormatError("the checkpoint contradicts itself:", problems)
         if unread:
@@ -192,6 +199,15 @@ class Skeleton:
             message = f"{counted} in the checkpoint, but computed by the model; what is stored is not used"
             warnings.warn(message, CompressedFormatWarning, stacklevel=5)
             self.explained.update(computed)
+
+    def _problems_of_whole(self, name: str, module: CompressedModule) -> list[Problem]:
+        from compressed_format.gathering import problems_of_whole
+
+        def check() -> None:
+            _check_values(name, module)
+            modernize(name, module, self.config.version)
+
+        return problems_of_whole(name, module, check)
 
     def _swap(
         self,

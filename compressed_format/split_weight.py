@@ -103,7 +103,8 @@ class Sharding:
                 SPARSITY_FORMATS[module.sparsity].checked_mask({**tensors, "shape": shape}, place=place)
             except FormatError as error:
                 found.extend(error.problems)
-        return found
+        rank = self.mesh.get_local_rank()
+        return [Problem(problem.place, f"{problem.message} (in the part of process {rank})") for problem in found]
 
     def _local_input(self, input: torch.Tensor, placement: Placement) -> torch.Tensor:
         if not isinstance(input, DTensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,21 @@ from compressed_format import (
     load_compressed,
     save_compressed,
 )
-from compressed_format.errors import CompressedFormatWarning, UnsupportedFormatError
+from compressed_format.errors import CompressedFormatWarning, FormatError, UnsupportedFormatError
 from compressed_format.linear import compressed_modules
 from tests.checks import assert_same_tensors
 from tests.integrations.decoders import tiny_mixtral
-from tests.models import LLAMA_CONFIGS, compressed_llama, logits, read_tensors, seeded, tiny_llama, token_ids, weights
+from tests.models import (
+    LLAMA_CONFIGS,
+    compressed_llama,
+    edit_tensors,
+    logits,
+    read_tensors,
+    seeded,
+    tiny_llama,
+    token_ids,
+    weights,
+)
 
 _HEADS = QuantizationConfig.from_dict(
     weights(4, "Linear", "Embedding", symmetric=False, strategy="group", group_size=32)
@@ -173,13 +184,34 @@ def check_experts_are_refused_by_name(folder: Path) -> None:
 
 
 def check_fsdp_of_transformers(folder: Path) -> None:
-    path = _saved(folder, "FP8")
+    for name in ("W4A16 group", "FP8"):
+        _check_fsdp(_saved(folder, name), folder / f"fsdp-{name}")
+
+
+def _check_fsdp(path: Path, again: Path) -> None:
     sharded = load_compressed(path, distributed_config=DistributedConfig(fsdp_size=dist.get_world_size()))
     assert all(isinstance(value, DTensor) for value in sharded.parameters())
     assert _held(sharded) < 0.6 * _held(load_compressed(path))
     torch.testing.assert_close(logits(sharded), logits(load_compressed(path)))
-    save_compressed(sharded, folder / "fsdp-again", source=path)
-    assert_same_tensors(read_tensors(folder / "fsdp-again"), read_tensors(path))
+    save_compressed(sharded, again, source=path)
+    assert_same_tensors(read_tensors(again), read_tensors(path))
+
+
+def check_all_processes_refuse_what_one_finds(folder: Path) -> None:
+    whole = _saved(folder, "W4A16 group")
+    path, name = folder / "spoiled", "model.layers.0.mlp.up_proj"
+    if dist.get_rank() == 0:
+        shutil.copytree(whole, path)
+        scale = read_tensors(path)[f"{name}.weight_scale"]
+        scale[-1, -1] = torch.nan
+        shape = torch.tensor([1, 1])
+        edit_tensors(path, **{f"{name}.weight_scale": scale, "model.layers.1.mlp.up_proj.weight_shape": shape})
+    dist.barrier()
+    for fields in (_tp(), {"distributed_config": DistributedConfig(fsdp_size=dist.get_world_size())}):
+        with pytest.raises(FormatError) as caught:
+            load_compressed(path, **fields)
+        assert f"{name}.weight_scale: holds nan" in str(caught.value)
+        assert "layers.1.mlp.up_proj.weight_shape: says [1, 1]" in str(caught.value)
 
 
 def check_nothing_is_compressed_from_parts(folder: Path) -> None:
