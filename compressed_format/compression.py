@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,17 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressed_format.attached_config import attach_config, forget_config, tell_library
 from compressed_format.calibrate import calibrate_activations, needs_calibration
 from compressed_format.config import (
     PRESETS,
     QuantizationConfig,
     QuantizationScheme,
     TargetResolution,
-    resolve_targets,
 )
 from compressed_format.errors import (
     CalibrationError,
-    CompressedFormatWarning,
     ConfigError,
     Problem,
     QuantizationError,
@@ -31,34 +29,24 @@ from compressed_format.errors import (
 )
 from compressed_format.expert_compression import (
     compress_experts,
-    dense_stacks,
-    expert_linears,
     observable_experts,
     plain_experts,
-    projection_assignments,
 )
 from compressed_format.experts import CompressedExpertLinear, CompressedExperts
-from compressed_format.left_dense import left_dense
 from compressed_format.linear import CompressedModule, compressed_modules
-from compressed_format.model_origin import is_diffusers_model, is_transformers_model
+from compressed_format.model_origin import is_transformers_model
 from compressed_format.module_compression import check_modules, compress_module, plain_module, treatment
 from compressed_format.offloading import hand_over, is_kept_around, is_offloaded, onloaded
+from compressed_format.plan import plan_compression
 from compressed_format.renaming import module_names, rename_modules
-from compressed_format.unserved import transposed_layers
+from compressed_format.ties import announce_broken_ties, tied_weights
 
 __all__ = [
-    "announce_broken_ties",
-    "attach_config",
     "compress",
-    "config_of",
     "decompress",
     "places_of_modules",
-    "planned",
     "read_config",
-    "tell_library",
 ]
-
-_CONFIG_ATTRIBUTE = "compressed_format_config"
 
 ConfigLike = QuantizationConfig | Mapping[str, Any] | str | os.PathLike[str]
 
@@ -87,25 +75,16 @@ def compress(
     if compressed_modules(model):
         raise QuantizationError("the model holds compressed modules already; decompress() it first")
     names = _model_names(model)
-    resolution = planned(model, rename_modules(config, names, keep=False))
+    resolution, modules, stacks = plan = plan_compression(model, rename_modules(config, names, keep=False))
     config = rename_modules(config, names, keep=True)
-    modules = {name: module for name, module in model.named_modules() if name in resolution.assignments}
-    stacks = {
-        name: (module, stack, assignments)
-        for name, (module, stack) in dense_stacks(model).items()
-        if (assignments := projection_assignments(name, stack, resolution))
-    }
-    linears: dict[str, nn.Linear] = {}
-    for name, (module, stack, _) in stacks.items():
-        linears |= expert_linears(module, stack, name)
-    targeted = {**modules, **{name: linear for name, linear in linears.items() if name in resolution.assignments}}
+    experts = plan.experts()
+    targeted = plan.targeted(experts)
     check_modules(targeted, resolution)
-    observed = {name: (module, stack) for name, (module, stack, _) in stacks.items()}
-    with observable_experts(observed, linears):
+    with observable_experts({name: (module, stack) for name, (module, stack, _) in stacks.items()}, experts):
         activation_scales = _activation_scales(model, targeted, resolution, calibration)
     # No name here may hold a dense module: its weight goes as soon as it is replaced.
-    del observed, linears, targeted
-    ties = _tied_weights(model)
+    del experts, targeted
+    ties = tied_weights(model)
     announce_broken_ties(model, ties, resolution)
     places = places_of_modules(model)
     tied: dict[Any, CompressedModule] = {}
@@ -134,41 +113,21 @@ def compress(
     return model
 
 
-def planned(model: nn.Module, config: QuantizationConfig) -> TargetResolution:
-    """What ``config`` makes of the modules of ``model``, with a warning for each thing that it may not mean.
-
-    Raises :class:`TargetError` if it reaches none.
-    """
-    resolution = resolve_targets(model, config)
-    ignored = resolution.ignored
-    found = [*transposed_layers(model, ignored), *left_dense(model, ignored), *resolution.warnings]
-    if not resolution.assignments:
-        raise TargetError("the config reaches no module of this model, so nothing would be compressed:", found)
-    for problem in found:
-        warnings.warn(str(problem), CompressedFormatWarning, stacklevel=3)
-    if config.kv_cache_scheme is not None:
-        message = (
-            "kv_cache_scheme: passed on to the saved config, but no k_scale or v_scale is computed; "
-            "runtimes will use a scale of 1"
-        )
-        warnings.warn(message, CompressedFormatWarning, stacklevel=3)
-    return resolution
-
-
 def decompress(model: nn.Module) -> nn.Module:
     """Replace the compressed modules of ``model`` with plain ``nn.Linear`` and ``nn.Embedding``, in place.
 
     Weights are dequantized bit for bit as compressed-tensors does, in each module's ``dtype``; activations are no
     longer rounded. Tied weights stay tied. A transformers model forgets that it was quantized.
     """
-    if isinstance(model, CompressedModule):
+    if isinstance(model, (CompressedModule, CompressedExperts)):
         raise TargetError("cannot be replaced in place, for it is the model itself; put it into an nn.Sequential")
     _refuse_offloaded(model)
     places = places_of_modules(model)
     dense: dict[Any, nn.Parameter] = {}
     for experts in [module for module in model.modules() if isinstance(module, CompressedExperts)]:
+        stack = plain_experts(experts)
         for parent, child in places[id(experts)]:
-            setattr(parent, child, plain_experts(experts))
+            setattr(parent, child, stack)
     for name, module in compressed_modules(model).items():
         key = id(module._parameters[module._weight_name]), module.dtype
         if is_offloaded(module):
@@ -182,7 +141,7 @@ def decompress(model: nn.Module) -> nn.Module:
         hand_over(module, plain, name)
         for parent, child in places[id(module)]:
             setattr(parent, child, plain)
-    _forget_config(model)
+    forget_config(model)
     return model
 
 
@@ -220,17 +179,6 @@ def read_config(config: ConfigLike) -> QuantizationConfig:
     return QuantizationConfig.from_file(path)
 
 
-def attach_config(model: nn.Module, config: QuantizationConfig) -> None:
-    """Remember with which config ``model`` was compressed or loaded."""
-    setattr(model, _CONFIG_ATTRIBUTE, config)
-
-
-def config_of(model: nn.Module) -> QuantizationConfig | None:
-    """The config with which ``model`` was compressed or loaded, or None."""
-    config = getattr(model, _CONFIG_ATTRIBUTE, None)
-    return config if isinstance(config, QuantizationConfig) else None
-
-
 def _model_names(model: nn.Module) -> dict[str, str]:
     """The name in ``model`` of each module by its name in a checkpoint, from which transformers' may differ."""
     if not is_transformers_model(model):
@@ -238,35 +186,6 @@ def _model_names(model: nn.Module) -> dict[str, str]:
     from compressed_format.integrations.checkpoint_names import checkpoint_names
 
     return {stored: own for own, stored in module_names(checkpoint_names(model)).items()}
-
-
-def tell_library(model: nn.Module, config: QuantizationConfig) -> None:
-    """Give a model of transformers what ``from_pretrained`` gives a quantized one, so that it saves itself as one; and
-    one of diffusers likewise."""
-    if is_transformers_model(model):
-        from compressed_format.integrations.quantizer import attach_quantizer
-
-        attach_quantizer(model, config)
-    elif is_diffusers_model(model):
-        from compressed_format.integrations import diffusers
-
-        diffusers.attach(model)
-
-
-def _forget_config(model: nn.Module) -> None:
-    if hasattr(model, _CONFIG_ATTRIBUTE):
-        delattr(model, _CONFIG_ATTRIBUTE)
-    quantizer: Any = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        quantizer.remove_quantization_config(model)
-    if is_diffusers_model(model):
-        from compressed_format.integrations import diffusers
-
-        diffusers.detach(model)
-    elif is_transformers_model(model):
-        from compressed_format.integrations.transformers import restore_ties
-
-        restore_ties(model)
 
 
 def _activation_scales(
@@ -290,35 +209,6 @@ def _activation_scales(
             "pass calibration=, an iterable of model inputs, or make the activations dynamic"
         )
     return calibrate_activations(model, static, calibration)
-
-
-def _tied_weights(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """For each module whose weight is a parameter elsewhere too: all who have it, parameters of other names in full."""
-    owners: dict[int, list[str]] = defaultdict(list)
-    for name, module in model.named_modules():
-        for suffix, parameter in module._parameters.items():
-            if parameter is not None:
-                owners[id(parameter)].append(name if suffix == "weight" else f"{name}.{suffix}".lstrip("."))
-    return {name: tuple(names) for names in owners.values() if len(names) > 1 for name in names}
-
-
-def announce_broken_ties(model: nn.Module, ties: Mapping[str, tuple[str, ...]], resolution: TargetResolution) -> None:
-    """Say which weights shared by several modules stop being shared, because they are not all quantized alike."""
-    embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    for names in dict.fromkeys(ties.values()):
-        assignments = [resolution.assignments.get(name) for name in names]
-        if len({None if found is None else treatment(found) for found in assignments}) == 1:
-            continue
-        compressed = [name for name, found in zip(names, assignments, strict=True) if found is not None]
-        message = (
-            f"{', '.join(names)} share one weight, of which {', '.join(compressed)} is compressed on its own: "
-            "they are no longer tied, and a checkpoint will hold both"
-        )
-        warnings.warn(message, CompressedFormatWarning, stacklevel=3)
-        model_config: Any = getattr(model, "config", None)
-        if embeddings.intersection(names) and getattr(model_config, "tie_word_embeddings", False):
-            # Otherwise the next from_pretrained would tie them again, and overwrite one with the other.
-            model_config.tie_word_embeddings = False
 
 
 def places_of_modules(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressed_format.attached_config import attach_config, tell_library
 from compressed_format.checkpoint import TensorSpec, read_checkpoint
-from compressed_format.compression import attach_config, tell_library
 from compressed_format.config import QuantizationConfig
 from compressed_format.config.json_text import parse_json, read_bytes
 from compressed_format.dtypes import torch_dtype

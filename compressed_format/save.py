@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressed_format.attached_config import config_of
 from compressed_format.checkpoint import write_checkpoint
-from compressed_format.compression import config_of
 from compressed_format.config import (
     FORMAT_VERSION,
     QuantizationConfig,

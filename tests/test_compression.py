@@ -25,7 +25,7 @@ from compressed_format import (
     compress,
     decompress,
 )
-from compressed_format.compression import config_of
+from compressed_format.attached_config import config_of
 from compressed_format.config import PRESETS, CompressionFormat, QuantizationArgs
 from compressed_format.errors import (
     CalibrationError,

@@ -10,24 +10,20 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps
 
 from compressed_format.calibrate import needs_calibration
-from compressed_format.compression import announce_broken_ties, places_of_modules, planned
+from compressed_format.compression import places_of_modules
 from compressed_format.config import Assignment, QuantizationConfig
-from compressed_format.config.experts import ExpertStack
 from compressed_format.errors import CalibrationError, CheckpointError, Problem, QuantizationError
 from compressed_format.expert_compression import (
-    Assignments,
     compress_experts,
-    dense_stacks,
     expert_linears,
-    projection_assignments,
 )
 from compressed_format.integrations.transformers import retie
 from compressed_format.linear import CompressedModule
 from compressed_format.module_compression import check_modules, compress_module, treatment, value_problems
+from compressed_format.plan import PlannedStack, plan_compression
+from compressed_format.ties import announce_broken_ties
 
 __all__ = ["CompressionOnLoad"]
-
-_Stack = tuple[nn.Module, ExpertStack, Assignments]
 
 
 class CompressionOnLoad:
@@ -41,24 +37,16 @@ class CompressionOnLoad:
     def __init__(self, model: Any, config: QuantizationConfig, *, stored: Collection[str]) -> None:
         self.model = model
         self.operation = _Compress(self)
-        resolution = planned(model, config)
-        modules = {name: module for name, module in model.named_modules() if name in resolution.assignments}
+        resolution, modules, stacks = plan = plan_compression(model, config)
         self._left: dict[str, Assignment] = {name: resolution.assignments[name] for name in modules}
-        self._stacks: dict[str, _Stack] = {
-            name: (module, stack, assignments)
-            for name, (module, stack) in dense_stacks(model).items()
-            if (assignments := projection_assignments(name, stack, resolution))
-        }
-        for name, (module, stack, _) in self._stacks.items():
-            linears = expert_linears(module, stack, name)
-            modules |= {name: linear for name, linear in linears.items() if name in resolution.assignments}
+        self._stacks: dict[str, PlannedStack] = stacks
         for name, assignment in resolution.assignments.items():
             if assignment.scheme is not None and needs_calibration(assignment.scheme):
                 raise CalibrationError(
                     f"{name} has static activation scales, which need data: load the model without "
                     "quantization_config=, and call compress(model, config, calibration=...)"
                 )
-        check_modules(modules, resolution, values=False)
+        check_modules(plan.targeted(plan.experts()), resolution, values=False)
         self._sharing = _sharing(model, stored)
         ties = {name: names for names in self._sharing.values() if len(names) > 1 for name in names}
         announce_broken_ties(model, ties, resolution)

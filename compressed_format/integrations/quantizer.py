@@ -19,8 +19,9 @@ from torch import nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from compressed_format.attached_config import attach_config
 from compressed_format.checkpoint import read_checkpoint
-from compressed_format.compression import attach_config, decompress
+from compressed_format.compression import decompress
 from compressed_format.config import QuantizationConfig, QuantizationStatus, expand_ignore, resolve_targets
 from compressed_format.errors import CheckpointError, CompressedFormatWarning, Problem
 from compressed_format.fitting import dtype_misfit
