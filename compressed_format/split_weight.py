@@ -24,6 +24,7 @@ from compressed_format.sharding import ShardPlan, plan_sharding
 
 __all__ = ["Sharding", "plan_of", "shard_module", "shard_tensor"]
 
+_FLOAT8_LARGEST = DTYPES["float8_e4m3fn"].largest
 _ONE_PROCESS = "load the checkpoint in one process, which re-encodes it, and save it again"
 
 
@@ -128,7 +129,7 @@ class Sharding:
         if split:
             if module._output is not None:
                 output = self._fake_quantize(output, module._output, local_tensors(module), "output", split=True)
-            return self._split_last(output) if distributed else output
+            return self.split_outputs(output) if distributed else output
         partial: Any = DTensor.from_local(output, self.mesh, [Partial()], run_check=False)
         bias = module._parameters.get("bias")
         if distributed and bias is None and module._output is None:
@@ -143,8 +144,8 @@ class Sharding:
             whole = DTensor.from_local(rounded, self.mesh, [Replicate()], run_check=False)
         return cast(torch.Tensor, whole if distributed else whole.to_local())
 
-    def _split_last(self, local: torch.Tensor) -> DTensor:
-        """The local columns as a ``DTensor`` of all; their number need not be the same everywhere."""
+    def split_outputs(self, local: torch.Tensor) -> DTensor:
+        """This process's outputs as a ``DTensor`` of all; their number need not be the same everywhere."""
         shape = torch.Size((*local.shape[:-1], self.plan.shape[self.plan.dim]))
         stride = torch.empty(shape, device="meta").stride()
         split = [Shard(local.ndim - 1)]
@@ -181,8 +182,9 @@ class Sharding:
             minimum, maximum = (bound.reshape(1) for bound in torch.aminmax(values))
         both = DTensor.from_local(torch.stack((-minimum, maximum)), self.mesh, [Partial("max")], run_check=False)
         negated, maximum = both.redistribute(placements=[Replicate()]).to_local()
-        largest = DTYPES["float8_e4m3fn"].largest
-        lowest, highest = (-largest, largest) if is_float else (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
+        lowest, highest = (
+            (-_FLOAT8_LARGEST, _FLOAT8_LARGEST) if is_float else (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
+        )
         stored = torch.float8_e4m3fn if is_float else torch.int8
         return scale_of_range(-negated, maximum, lowest, highest, None if symmetric else stored)
 

@@ -35,10 +35,10 @@ class Layouts:
 
 def add_layout_hooks(module: CompressedModule, mesh: DeviceMesh, layouts: Layouts) -> None:
     """Make a split ``module`` take inputs and give outputs in ``layouts``."""
-    assert isinstance(module._sharding, Sharding)
-    of_linear, by_rows = isinstance(module, nn.Linear), module._sharding.plan.dim == 0
-    wanted: Placement = Replicate() if by_rows or not of_linear else Shard(-1)
-    given: Placement = Shard(-1) if by_rows == of_linear else Replicate()
+    sharding = module._sharding
+    assert isinstance(sharding, Sharding)
+    of_linear, by_rows = isinstance(module, nn.Linear), sharding.plan.dim == 0
+    wanted: Placement = Shard(-1) if of_linear and not by_rows else Replicate()
     # A forward that does more than these computes on plain tensors.
     plain = type(module).forward not in (CompressedLinear.forward, CompressedEmbedding.forward)
 
@@ -52,7 +52,11 @@ def add_layout_hooks(module: CompressedModule, mesh: DeviceMesh, layouts: Layout
 
     def prepare_output(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> torch.Tensor:
         if not isinstance(output, DTensor):
-            output = DTensor.from_local(output, mesh, [given], run_check=False)
+            output = (
+                sharding.split_outputs(output)
+                if by_rows == of_linear
+                else DTensor.from_local(output, mesh, [Replicate()], run_check=False)
+            )
         if tuple(output.placements) != (_positive(layouts.output, output.ndim),):
             output = output.redistribute(placements=[layouts.output])
         return cast(torch.Tensor, output.to_local() if layouts.use_local_output else output)

@@ -280,3 +280,12 @@ def check_uneven_parts_and_autocast(folder: Path) -> None:
     torch.testing.assert_close(split(_input()), whole(_input()))
     with torch.autocast("cpu", torch.bfloat16):
         assert split(_input()).dtype == torch.bfloat16
+
+
+def check_one_graph(folder: Path) -> None:
+    for name in ("int4 groups asymmetric", "int8 by token"):
+        whole = _pair(CONFIGS[name])
+        split = parallelize_module(copy.deepcopy(whole), _mesh(), PLAN)
+        compiled = torch.compile(split, backend="aot_eager", fullgraph=True)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(_input()), whole(_input()))
