@@ -28,6 +28,8 @@ class StackedExperts:
 
     module: CompressedExperts | None
     recipes: Mapping[str, Recipe]
+    # Zero points that the scheme has none of: the assignment, and the rows of the weight.
+    needless: Mapping[str, tuple[Assignment, int]]
     explained: frozenset[str]
     problems: list[Problem]
 
@@ -40,6 +42,7 @@ def stack_experts(
     projections: dict[str, CompressedExpertLinear] = {}
     recipes: dict[str, Recipe] = {}
     explained: set[str] = set()
+    needless: dict[str, tuple[Assignment, int]] = {}
     problems: list[Problem] = list(fused.problems)
     for projection, assignment in assignments.items():
         shape = projection_shape(module, projection)
@@ -48,7 +51,8 @@ def stack_experts(
             place = f"{name}.{expert}.{projection}"
             found = fused.stored.get(place) or stored.get(place, {})
             fits.append(_fit(place, assignment, found, shape))
-            explained.update(f"{place}.{suffix}" for suffix in fits[-1].needless)
+            if assignment is not None:
+                needless |= {f"{place}.{suffix}": (assignment, shape[0]) for suffix in fits[-1].needless}
             if fits[-1].problems:
                 explained.update(f"{place}.{suffix}" for suffix in (*found, "weight"))
         wrong = _problems(name, projection, fits)
@@ -74,7 +78,7 @@ def stack_experts(
             dtype=module._parameters["down_proj"].dtype,  # type: ignore[union-attr]  # stacks have one
         )
     complete = None if problems else compressed_stack(module, stack, projections)
-    return StackedExperts(complete, recipes, frozenset(explained), problems)
+    return StackedExperts(complete, recipes, needless, frozenset(explained), problems)
 
 
 def dense_recipes(name: str, module: nn.Module, stack: ExpertStack) -> dict[str, Recipe]:

@@ -65,7 +65,8 @@ class Skeleton:
         self._names = _names_of_modules(model)
         self._twins = _modules_sharing_weights(model, tied)
         self._modules: dict[str, CompressedModule] = {}
-        self._zero_points: dict[str, Assignment] = {}
+        # Where zero points are stored that the scheme has none of: the assignment, and the rows of the weight.
+        self._zero_points: dict[str, tuple[Assignment, int]] = {}
         self.recipes: dict[str, Recipe] = {}
         self._dense_recipes: dict[str, Recipe] = {}
         by_module: dict[str, dict[str, StoredTensor]] = {}
@@ -115,7 +116,7 @@ class Skeleton:
         ``read`` yields a stored tensor by the model's name for it; it is asked for these only.
         """
         problems = []
-        for name, assignment in self._zero_points.items():
+        for name, (assignment, rows) in self._zero_points.items():
             tensor = read(name)
             if tensor.dtype == torch.int32 and assignment.scheme is not None and assignment.scheme.weights is not None:
                 bits = assignment.scheme.weights.num_bits
@@ -227,7 +228,7 @@ class Skeleton:
             return
         for suffix in fit.needless:
             self.explained.add(f"{name}.{suffix}")
-            self._zero_points[f"{name}.{suffix}"] = assignment
+            self._zero_points[f"{name}.{suffix}"] = assignment, shape[0]
         tensors = {suffix: meta_tensor(tensor) for suffix, tensor in fit.tensors.items()}
         compressed = compressed_successor(module, tensors, assignment)
         if twin is not None:
@@ -240,7 +241,8 @@ class Skeleton:
 
     def _swap_experts(self, name: str, found: StackedExperts) -> None:
         self.problems += found.problems
-        self.explained |= found.explained
+        self.explained |= found.explained | found.needless.keys()
+        self._zero_points |= found.needless
         if found.module is None:
             return
         self.recipes |= found.recipes

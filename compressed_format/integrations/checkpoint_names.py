@@ -16,7 +16,15 @@ from compressed_format.config.experts import ExpertStack, expert_stack
 from compressed_format.errors import CheckpointError, Problem
 from compressed_format.experts import unstacked_state
 
-__all__ = ["StoredTensors", "checkpoint_names", "model_names", "own_names", "projection_names", "stored_tensors"]
+__all__ = [
+    "StoredTensors",
+    "checkpoint_names",
+    "model_names",
+    "own_names",
+    "projection_names",
+    "renamed_experts",
+    "stored_tensors",
+]
 
 
 class StoredTensors(NamedTuple):
@@ -154,6 +162,12 @@ def own_names(name: str, prefix: str, projections: Mapping[str, Mapping[str, str
     ``projections`` has the model's name of each projection by the checkpoint's, for each stack.
     """
     return tuple(_with_projection(place, projections) for place in _prefixed(name, prefix))
+
+
+def renamed_experts(model: Any, names: Iterable[str]) -> set[str]:
+    """What transformers calls the tensors ``names`` of single experts, which go by the model's names for them."""
+    called = {stack: found for stack, (_, found) in projection_names(model).items()}
+    return {_with_projection(name, called) for name in names}
 
 
 def _prefixed(name: str, prefix: str) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from compressed_format.config import QuantizationConfig, QuantizationStatus, exp
 from compressed_format.errors import CheckpointError, CompressedFormatWarning, Problem
 from compressed_format.fitting import dtype_misfit
 from compressed_format.formats.base import StoredTensor
-from compressed_format.integrations.checkpoint_names import checkpoint_names, model_names
+from compressed_format.integrations.checkpoint_names import checkpoint_names, model_names, renamed_experts
 from compressed_format.integrations.compress_on_load import CompressionOnLoad
 from compressed_format.integrations.expert_conversion import StackExperts, remember_conversions
 from compressed_format.integrations.quantization_config import METHOD, CompressedTensorsConfig
@@ -97,6 +97,8 @@ class CompressedFormatQuantizer(HfQuantizer):
             config = config.model_copy(update={"ignore": tuple(dict.fromkeys((*config.ignore, *heads)))})
         state = model.state_dict()
         self.skeleton = Skeleton(model, config, named, tied=model.all_tied_weights_keys)
+        # transformers tells of tensors that it has no place for by its own names.
+        self.skeleton.explained |= renamed_experts(model, self.skeleton.explained)
         retie(model)
         for name, tensor in named.items():
             problem = (
