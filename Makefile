@@ -55,6 +55,21 @@ test-torch-%: wheel
 	.venv-torch-$*/bin/pip install $(QUIET) --no-deps --force-reinstall dist/*.whl
 	.venv-torch-$*/bin/pytest tests/ops
 
+# The oldest release of transformers that is served, laid over the environment of the newest; what it needs in other
+# versions than that one comes along.
+OLDEST_TRANSFORMERS := 5.17.0
+OVERLAY := .venv-transformers-$(OLDEST_TRANSFORMERS)
+
+$(OVERLAY)/.installed: $(READY)
+	rm -rf $(OVERLAY)
+	$(PIP) install $(QUIET) --no-deps --target $(OVERLAY) \
+		transformers==$(OLDEST_TRANSFORMERS) huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
+	touch $@
+
+.PHONY: test-oldest-transformers
+test-oldest-transformers: $(OVERLAY)/.installed  ## Run the tests of models once more with the oldest transformers
+	PYTHONPATH=$(OVERLAY) $(BIN)/pytest tests/integrations tests/distributed tests/test_experts.py
+
 .PHONY: lint
 lint: $(READY)  ## Check the style of the Python files
 	$(BIN)/ruff check .
