@@ -81,6 +81,9 @@ def projection_assignments(name: str, stack: ExpertStack, resolution: TargetReso
 
 def expert_linears(module: nn.Module, stack: ExpertStack, name: str) -> dict[str, nn.Linear]:
     """Every projection of every expert as a Linear of its own, whose weight is a view of the stack's."""
+    if not name:
+        message = "cannot be replaced in place, for it is the model itself; put it into an nn.Sequential"
+        raise QuantizationError(problems=[Problem("(the model)", message)])
     if original_forward(module) is not type(module).forward:
         message = "its forward has been replaced on the object itself, which compressed experts would lose"
         raise QuantizationError(problems=[Problem(name, f"{message}; list them in ignore")])

@@ -64,7 +64,7 @@ class CompressedExpertLinear(CompressedModule):
             input = input.unsqueeze(1).expand(-1, experts.shape[1], -1)
             input = self._quantize_for_experts(input, experts, "input").flatten(0, 1)
             output = ops.expert_linear(input, experts.reshape(-1, 1), *self._weight_tensors(), *self._layout)
-            output = output.reshape(*experts.shape, -1)
+            output = output.reshape(*experts.shape, self.out_features)
         else:
             output = ops.expert_linear(self._quantize_input(input), experts, *self._weight_tensors(), *self._layout)
         return self._quantize_for_experts(output, experts, "output")
@@ -173,7 +173,8 @@ class CompressedExperts(nn.Module):
             hidden = self._apply_gate(fused if bias is None else fused + self.gate_up_proj_bias[bias])
         else:
             hidden = self.act_fn(up if bias is None else up + self.up_proj_bias[bias])
-        output = self.down_proj(hidden.flatten(0, 1), top_k_index.reshape(-1, 1)).reshape(tokens, slots, -1)
+        output = self.down_proj(hidden.flatten(0, 1), top_k_index.reshape(-1, 1))
+        output = output.reshape(tokens, slots, self.down_proj.out_features)
         if bias is not None:
             output = output + self.down_proj_bias[bias]
         if getattr(self, "has_post_expert_norm", False):

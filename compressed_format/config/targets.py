@@ -139,7 +139,7 @@ class _Resolver:
                 target = None
             if target is not None and entry is None:
                 self._assign(module, target)
-            elif target is not None and entry is not None:
+            elif target is not None and entry is not None and self.ignore.winner(module) is not None:
                 self._compare_ignore(module, entry)
             if self.sparsity is not None and module.is_compressible:
                 self._assign_sparsity(module)

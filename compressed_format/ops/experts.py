@@ -66,8 +66,7 @@ def _routed(op: str, experts: torch.Tensor, count: int) -> list[int]:
     found: list[int] = experts.unique().tolist()
     if found and not 0 <= found[0] <= found[-1] <= count:
         raise OpArgumentError(
-            f"{op}: experts must lie in 0 to {count - 1}, or be {count} for none, "
-            f"not in {found[0]} to {found[-1]}"
+            f"{op}: experts must lie in 0 to {count - 1}, or be {count} for none, not in {found[0]} to {found[-1]}"
         )
     return [expert for expert in found if expert < count]
 
