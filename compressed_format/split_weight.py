@@ -61,7 +61,10 @@ class Sharding:
         else:
             first, last = self.plan.bounds(self.mesh.get_local_rank())
             own = (local >= first) & (local < last)
-            rows = ops.embedding((local - first).clamp(0, last - first - 1), *weight, *self._layout(module))
+            # Any row of this part stands in for those of others; what is in no part is refused by the op.
+            unknown = (local < 0) | (local >= self.plan.shape[0])
+            positions = torch.where(own, local - first, torch.where(unknown, last - first, 0))
+            rows = ops.embedding(positions, *weight, *self._layout(module))
             rows = torch.where(own.unsqueeze(-1), rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
         rows = rows.to(module.dtype)
         return self._finish(module, rows, isinstance(indices, DTensor), split=self.plan.dim == 1)
@@ -95,10 +98,7 @@ class Sharding:
                 message = f"is stored in the word-aligned layout of old releases; {_ONE_PROCESS}"
                 found.append(Problem(f"{place}.weight_packed", message))
         if module.sparsity is not None and not found:
-            rows, columns = (
-                tensors["bitmask"].shape[0],
-                self.plan.columns(self.mesh.get_local_rank()),
-            )
+            rows, columns = tensors["bitmask"].shape[0], self.plan.columns(self.mesh.get_local_rank())
             shape = tensors["shape"].new_tensor([rows, columns]).reshape(tensors["shape"].shape)
             try:
                 SPARSITY_FORMATS[module.sparsity].checked_mask({**tensors, "shape": shape}, place=place)

@@ -226,6 +226,10 @@ def check_embeddings(folder: Path) -> None:
         ):
             split = parallelize_module(copy.deepcopy(whole), _mesh(), {"0": style})
             assert torch.equal(split(ids), whole(ids))
+            for unknown in (torch.tensor([48]), torch.tensor([-1])):
+                for model in (whole, split):
+                    with pytest.raises(IndexError):
+                        model(unknown)
             assert _bytes(split) < 0.7 * _bytes(whole)
 
 
