@@ -293,3 +293,25 @@ def check_one_graph(folder: Path) -> None:
         compiled = torch.compile(split, backend="aot_eager", fullgraph=True)
         with torch.no_grad():
             torch.testing.assert_close(compiled(_input()), whole(_input()))
+
+
+def check_each_process_finds_what_is_wrong_with_its_part(folder: Path) -> None:
+    def problems(layer: Any, version: str | None = None) -> list[str]:
+        return [str(problem) for problem in layer._sharding.problems(layer, version, "here")]
+
+    for config in CONFIGS.values():
+        split = parallelize_module(_pair(config), _mesh(), PLAN)
+        assert problems(split.up, "0.20.0") == problems(split.down, "0.20.0") == []
+    sparse = parallelize_module(_pair(CONFIGS["2:4 fp8"]), _mesh(), PLAN)
+    for layer in (sparse.up, sparse.down):
+        layer._parameters["bitmask"].to_local()[0, 0] = 0b0111_0001
+        rank = dist.get_rank()
+        expected = f"here.bitmask: does not have two bits for row 0, columns 0 to 3 (in the part of process {rank})"
+        assert problems(layer) == [expected]
+    reordered = _pair(CONFIGS["int4 groups"])
+    groups = torch.full((2 * WIDTH,), -1, dtype=torch.int32)
+    reordered.down._parameters["weight_g_idx"] = nn.Parameter(groups, requires_grad=False)
+    parallelize_module(reordered, _mesh(), PLAN)
+    assert "here.weight_g_idx: was never set" in problems(reordered.down)[0]
+    reordered.down._parameters["weight_g_idx"].to_local()[:] = 9
+    assert "names groups 9 to 9" in problems(reordered.down)[0]
