@@ -17,6 +17,7 @@ from transformers.distributed import tensor_parallel as transformers_parallel
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from compressed_format.errors import Problem, UnsupportedFormatError
+from compressed_format.experts import CompressedExperts
 from compressed_format.linear import CompressedEmbedding, CompressedLinear, CompressedModule, is_split
 from compressed_format.split_weight import Sharding, plan_of, shard_tensor
 from compressed_format.tensor_parallel import Layouts, add_layout_hooks
@@ -96,11 +97,16 @@ def serve_styles(model: Any, *, compressed: bool = True) -> None:
     way that is not served; also for one that is still to be compressed, from parts of its weights.
     """
     requested = getattr(model.config, "distributed_config", None)
-    if not any((getattr(requested, f"{kind}_size", None) or 1) > 1 for kind in ("tp", "ep", "fsdp", "dp")):
-        return
-    if not compressed:
+    split = {kind for kind in ("tp", "ep", "fsdp", "dp") if (getattr(requested, f"{kind}_size", None) or 1) > 1}
+    if split and not compressed:
         message = "a model cannot be compressed while its parts are loaded by different processes; compress and save it"
         raise UnsupportedFormatError(f"{type(model).__name__}: {message} in one, and load that")
+    experts = [name for name, module in model.named_modules() if isinstance(module, CompressedExperts)]
+    if experts and not split.isdisjoint(("fsdp", "dp")):
+        message = "is stacked of whole experts as it is loaded; load the model without, and call fully_shard on it"
+        raise UnsupportedFormatError("transformers cannot shard:", [Problem(name, message) for name in experts])
+    if split.isdisjoint(("tp", "ep")):
+        return
     given = getattr(requested, "tp_plan", None)
     plan = {**(model._tp_plan or {}), **(given if isinstance(given, Mapping) else {})}
     problems = list(_problems(model, plan))

@@ -181,6 +181,8 @@ def check_experts_are_refused_by_name(folder: Path) -> None:
     dist.barrier()
     with pytest.raises(UnsupportedFormatError, match=r"layers\.0\.mlp\.experts: holds compressed modules"):
         load_compressed(path, **_tp())
+    with pytest.raises(UnsupportedFormatError, match=r"layers\.0\.mlp\.experts: .* call fully_shard on it"):
+        load_compressed(path, distributed_config=DistributedConfig(fsdp_size=dist.get_world_size()))
 
 
 def check_fsdp_of_transformers(folder: Path) -> None:
