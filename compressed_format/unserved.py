@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping
 
 from torch import nn
 
-from compressed_format.config import Assignment, QuantizationConfig
+from compressed_format.config import Assignment, CompressionFormat, QuantizationConfig
 from compressed_format.errors import Problem, UnsupportedFormatError
 from compressed_format.formats.module import check_runnable
 from compressed_format.subclasses import subclass_problem
@@ -22,7 +22,9 @@ def unserved(config: QuantizationConfig) -> list[Problem]:
     for group, scheme in config.config_groups.items():
         problems += check_runnable(scheme, config.format_of(scheme), None, f"config_groups.{group}")
     if config.sparsity_config is not None:
-        problems += check_runnable(None, config.format, config.sparsity_config.format, "sparsity_config")
+        # What a group says of its modules is checked above; those that are only sparse hold dense values.
+        dense = CompressionFormat.DENSE
+        problems += check_runnable(None, dense, config.sparsity_config.format, "sparsity_config")
     problems += [
         Problem(f"config_groups.{group}", f"its target {target} quantizes attention, which cannot be run yet")
         for target, group in _attention_targets(config).items()

@@ -16,8 +16,11 @@ from compressed_format.linear import CompressedModule, compressed_modules
 from tests.test_linear import fake_quantized
 
 
-def dense_twin(model: Any) -> Any:
-    """``model`` decompressed, and made to round activations as its schemes say, by the numerics of weights."""
+def dense_twin(model: Any, *, experts: bool = True) -> Any:
+    """``model`` decompressed, and made to round activations as its schemes say, by the numerics of weights.
+
+    Without ``experts``, what goes into those is not rounded.
+    """
     dense = decompress(copy.deepcopy(model))
     assert not compressed_modules(dense)
     for name, module in compressed_modules(model).items():
@@ -29,7 +32,7 @@ def dense_twin(model: Any) -> Any:
             if after is not None:
                 plain.register_forward_hook(lambda _, args, output, after=after: after(output))
     for name, module in model.named_modules():
-        if isinstance(module, CompressedExperts) and _rounding(module.up_proj, "input") is not None:
+        if experts and isinstance(module, CompressedExperts) and _rounding(module.up_proj, "input") is not None:
             dense.get_submodule(name).forward = _rounding_experts(module)
     return dense
 
@@ -59,9 +62,15 @@ def _rounding_experts(experts: nn.Module) -> Callable[..., torch.Tensor]:
         by_slot = hidden.new_zeros((*index.shape, hidden.shape[-1]))
         for expert in index.unique().tolist():
             tokens, slots = (index == expert).nonzero(as_tuple=True)
-            inner = experts.act_fn(project("gate_proj", hidden[tokens], expert))
-            inner = inner * project("up_proj", hidden[tokens], expert)
-            by_slot[tokens, slots] = project("down_proj", inner, expert)
+            gate, up = (project(name, hidden[tokens], expert) for name in ("gate_proj", "up_proj"))
+            if experts.has_bias:
+                both = experts.gate_up_proj_bias[expert]
+                ends = both.chunk(2) if experts.is_concatenated else (both[::2], both[1::2])
+                gate, up = gate + ends[0], up + ends[1]
+            fused = torch.cat((gate, up), -1) if experts.is_concatenated else torch.stack((gate, up), -1).flatten(-2)
+            by_slot[tokens, slots] = project("down_proj", experts._apply_gate(fused), expert)
+            if experts.has_bias:
+                by_slot[tokens, slots] += experts.down_proj_bias[expert]
         return (by_slot * weights.unsqueeze(-1)).sum(dim=1)
 
     return forward
