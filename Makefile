@@ -68,7 +68,7 @@ $(OVERLAY)/.installed: $(READY)
 
 .PHONY: test-oldest-transformers
 test-oldest-transformers: $(OVERLAY)/.installed  ## Run the tests of models once more with the oldest transformers
-	PYTHONPATH=$(OVERLAY) $(BIN)/pytest tests/integrations tests/distributed tests/test_experts.py
+	PYTHONPATH=$(OVERLAY) $(BIN)/pytest tests/integrations tests/parallel tests/modules/test_experts.py
 
 .PHONY: lint
 lint: $(READY)  ## Check the style of the Python files

@@ -14,10 +14,11 @@ _EXPORTS = {
     "CheckpointError": "errors",
     "CheckpointExistsError": "errors",
     "CheckpointLockedError": "errors",
-    "CompressedEmbedding": "linear",
+    "CompressedEmbedding": "modules.linear",
+    "CompressedExperts": "modules.experts",
     "CompressedFormatError": "errors",
     "CompressedFormatWarning": "errors",
-    "CompressedLinear": "linear",
+    "CompressedLinear": "modules.linear",
     "ConfigError": "errors",
     "FormatError": "errors",
     "OpArgumentError": "errors",
@@ -30,8 +31,8 @@ _EXPORTS = {
     "TargetError": "errors",
     "UnsupportedFormatError": "errors",
     "backend_info": "ops",
-    "compress": "compression",
-    "decompress": "compression",
+    "compress": "compression.in_place",
+    "decompress": "compression.in_place",
     "dequantize": "quantization",
     "disable_transformers": "takeover",
     "enable_transformers": "takeover",
@@ -44,7 +45,7 @@ _EXPORTS = {
 __all__ = sorted(_EXPORTS)
 
 if TYPE_CHECKING:
-    from compressed_format.compression import compress, decompress
+    from compressed_format.compression.in_place import compress, decompress
     from compressed_format.config import QuantizationArgs, QuantizationConfig, QuantizationScheme, resolve_targets
     from compressed_format.errors import (
         CalibrationError,
@@ -61,8 +62,9 @@ if TYPE_CHECKING:
         TargetError,
         UnsupportedFormatError,
     )
-    from compressed_format.linear import CompressedEmbedding, CompressedLinear
     from compressed_format.load import load_compressed
+    from compressed_format.modules.experts import CompressedExperts
+    from compressed_format.modules.linear import CompressedEmbedding, CompressedLinear
     from compressed_format.ops import backend_info
     from compressed_format.quantization import QuantizedWeight, dequantize, quantize
     from compressed_format.save import save_compressed

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressed_format.attached_config import attach_config, tell_library
 from compressed_format.checkpoint import TensorSpec, read_checkpoint
+from compressed_format.compression.attached_config import attach_config, tell_library
 from compressed_format.config import QuantizationConfig
 from compressed_format.config.json_text import parse_json, read_bytes
 from compressed_format.dtypes import torch_dtype
 from compressed_format.errors import CheckpointError, CompressedFormatWarning, Problem
-from compressed_format.fitting import dtype_misfit
+from compressed_format.loading.fitting import dtype_misfit
+from compressed_format.loading.skeleton import Skeleton
 from compressed_format.model_origin import diffusers_class_name, is_transformers_model
 from compressed_format.renaming import module_names, rename_modules
-from compressed_format.skeleton import Skeleton
 
 __all__ = ["load_compressed"]
 

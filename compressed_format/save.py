@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressed_format.attached_config import config_of
 from compressed_format.checkpoint import write_checkpoint
+from compressed_format.compression.attached_config import config_of
 from compressed_format.config import (
     FORMAT_VERSION,
     QuantizationConfig,
@@ -25,9 +25,9 @@ from compressed_format.config import (
 )
 from compressed_format.config.json_text import parse_json, read_bytes
 from compressed_format.errors import CheckpointError, CompressedFormatWarning, ConfigError, FormatError, Problem
-from compressed_format.experts import stored_modules, unstacked_state
-from compressed_format.linear import is_split
 from compressed_format.model_origin import diffusers_class_name, is_diffusers_model, is_transformers_model
+from compressed_format.modules.base import is_split
+from compressed_format.modules.experts import stored_modules, unstacked_state
 from compressed_format.renaming import module_names, rename_modules
 
 __all__ = ["save_compressed", "saved_config"]
@@ -89,7 +89,7 @@ def save_compressed(
         stem="diffusion_pytorch_model" if is_diffusers_model(model) else "model",
     )
     if any(is_split(tensor) for tensor in tensors.values()):
-        from compressed_format.gathering import first_process_alone, gather_to_first
+        from compressed_format.parallel.gathering import first_process_alone, gather_to_first
 
         whole = gather_to_first(tensors)
         first_process_alone(lambda: write(whole))

@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from compressed_format import CompressedFormatWarning, compress, load_compressed, save_compressed
-from compressed_format.tensor_parallel import parallelize_module
+from compressed_format.parallel import parallelize_module
 
 PROCESSES = 2
 CONFIG = {

@@ -22,6 +22,7 @@ NAMES = {
     "CheckpointExistsError",
     "CheckpointLockedError",
     "CompressedEmbedding",
+    "CompressedExperts",
     "CompressedFormatError",
     "CompressedFormatWarning",
     "CompressedLinear",

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from compressed_format import QuantizationConfig, compress, load_compressed, save_compressed
-from compressed_format.linear import compressed_modules
+from compressed_format.modules.base import compressed_modules
 
 EXAMPLES = Path(__file__).parents[1] / "schema" / "examples"
 HIDDEN, VOCABULARY = 128, 64

@@ -14,7 +14,7 @@ import torch
 
 from compressed_format.config.experts import ExpertStack, expert_stack
 from compressed_format.errors import CheckpointError, Problem
-from compressed_format.experts import unstacked_state
+from compressed_format.modules.experts import unstacked_state
 
 __all__ = [
     "StoredTensors",

@@ -10,18 +10,18 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps
 
 from compressed_format.calibrate import needs_calibration
-from compressed_format.compression import places_of_modules
-from compressed_format.config import Assignment, QuantizationConfig
-from compressed_format.errors import CalibrationError, CheckpointError, Problem, QuantizationError
-from compressed_format.expert_compression import (
+from compressed_format.compression.experts import (
     compress_experts,
     expert_linears,
 )
+from compressed_format.compression.in_place import places_of_modules
+from compressed_format.compression.modules import check_modules, compress_module, treatment, value_problems
+from compressed_format.compression.plan import PlannedStack, plan_compression
+from compressed_format.compression.ties import announce_broken_ties
+from compressed_format.config import Assignment, QuantizationConfig
+from compressed_format.errors import CalibrationError, CheckpointError, Problem, QuantizationError
 from compressed_format.integrations.transformers import retie
-from compressed_format.linear import CompressedModule
-from compressed_format.module_compression import check_modules, compress_module, treatment, value_problems
-from compressed_format.plan import PlannedStack, plan_compression
-from compressed_format.ties import announce_broken_ties
+from compressed_format.modules.base import CompressedModule
 
 __all__ = ["CompressionOnLoad"]
 

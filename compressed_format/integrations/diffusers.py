@@ -25,8 +25,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from compressed_format.config.json_text import parse_json, read_bytes
 from compressed_format.errors import CheckpointError, Problem
-from compressed_format.linear import CompressedModule
 from compressed_format.model_origin import diffusers_class_name
+from compressed_format.modules.base import CompressedModule
 from compressed_format.save import saved_config
 
 __all__ = ["attach", "build", "config_content", "detach", "kept_in_float32", "source_folder"]

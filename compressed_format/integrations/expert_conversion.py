@@ -15,9 +15,9 @@ import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter
 
-from compressed_format.experts import CompressedExpertLinear, CompressedExperts
-from compressed_format.fused_experts import Recipe
 from compressed_format.integrations.checkpoint_names import own_names, projection_names
+from compressed_format.loading.fused_experts import Recipe
+from compressed_format.modules.experts import CompressedExpertLinear, CompressedExperts
 
 __all__ = ["StackExperts", "remember_conversions"]
 

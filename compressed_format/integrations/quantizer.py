@@ -19,22 +19,22 @@ from torch import nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from compressed_format.attached_config import attach_config
 from compressed_format.checkpoint import read_checkpoint
-from compressed_format.compression import decompress
+from compressed_format.compression.attached_config import attach_config
+from compressed_format.compression.in_place import decompress
 from compressed_format.config import QuantizationConfig, QuantizationStatus, expand_ignore, resolve_targets
 from compressed_format.errors import CheckpointError, CompressedFormatWarning, Problem
-from compressed_format.fitting import dtype_misfit
 from compressed_format.formats.base import StoredTensor
 from compressed_format.integrations.checkpoint_names import checkpoint_names, model_names, renamed_experts
 from compressed_format.integrations.compress_on_load import CompressionOnLoad
 from compressed_format.integrations.expert_conversion import StackExperts, remember_conversions
 from compressed_format.integrations.quantization_config import METHOD, CompressedTensorsConfig
 from compressed_format.integrations.transformers import retie
-from compressed_format.linear import compressed_modules, is_of_weight
+from compressed_format.loading.fitting import dtype_misfit
+from compressed_format.loading.skeleton import Skeleton
+from compressed_format.modules.base import compressed_modules, is_of_weight
 from compressed_format.renaming import module_names, rename_modules
 from compressed_format.save import saved_config
-from compressed_format.skeleton import Skeleton
 
 __all__ = ["CompressedFormatQuantizer", "attach_quantizer", "misshapen"]
 

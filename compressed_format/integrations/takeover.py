@@ -10,11 +10,11 @@ from typing import Any
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.import_utils import is_compressed_tensors_available
 
+from compressed_format.compression.unserved import unserved
 from compressed_format.config import QuantizationConfig, QuantizationStatus
 from compressed_format.errors import CompressedFormatWarning, ConfigError, Problem, UnsupportedFormatError
 from compressed_format.integrations.quantization_config import CompressedTensorsConfig
 from compressed_format.integrations.quantizer import CompressedFormatQuantizer
-from compressed_format.unserved import unserved
 
 __all__ = ["disable", "enable"]
 

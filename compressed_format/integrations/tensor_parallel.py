@@ -2,7 +2,7 @@
 
 transformers applies its styles before it loads tensors, and each process then reads its part of each file. While a
 compressed model is loaded, styles of our own stand in for them: they split compressed modules as
-:mod:`compressed_format.sharding` says, and leave all others to the styles of transformers.
+:mod:`compressed_format.parallel.sharding` says, and leave all others to the styles of transformers.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from transformers.distributed import tensor_parallel as transformers_parallel
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from compressed_format.errors import Problem, UnsupportedFormatError
-from compressed_format.experts import CompressedExperts
-from compressed_format.linear import CompressedEmbedding, CompressedLinear, CompressedModule, is_split
-from compressed_format.split_weight import Sharding, plan_of, shard_tensor
-from compressed_format.tensor_parallel import Layouts, add_layout_hooks
+from compressed_format.modules.base import CompressedModule, is_split
+from compressed_format.modules.experts import CompressedExperts
+from compressed_format.modules.linear import CompressedEmbedding, CompressedLinear
+from compressed_format.parallel.split_weight import Sharding, plan_of, shard_tensor
+from compressed_format.parallel.tensor_parallel import Layouts, add_layout_hooks
 
 __all__ = ["refuse_other_splits", "restore_styles", "serve_styles", "split_what_was_tied", "with_distributed_config"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from compressed_format.linear import CompressedModule, is_of_weight
+from compressed_format.modules.base import CompressedModule, is_of_weight
 
 __all__ = ["restore_ties", "retie"]
 

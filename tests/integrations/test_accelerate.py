@@ -33,8 +33,8 @@ from compressed_format import (
     save_compressed,
 )
 from compressed_format.checkpoint import read_checkpoint
-from compressed_format.linear import compressed_modules
-from compressed_format.skeleton import Skeleton
+from compressed_format.loading.skeleton import Skeleton
+from compressed_format.modules.base import compressed_modules
 from tests.checks import assert_same_bits, assert_same_tensors
 from tests.models import (
     LLAMA_CONFIGS,

@@ -28,7 +28,7 @@ from compressed_format import (
 )
 from compressed_format.calibrate import needs_calibration
 from compressed_format.integrations import compress_on_load
-from compressed_format.linear import compressed_modules
+from compressed_format.modules.base import compressed_modules
 from tests.checks import assert_same_bits, assert_same_tensors
 from tests.models import (
     LLAMA_CONFIGS,

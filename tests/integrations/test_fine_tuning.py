@@ -24,8 +24,8 @@ from compressed_format import (
     load_compressed,
     save_compressed,
 )
-from compressed_format.experts import CompressedExperts
-from compressed_format.linear import compressed_modules
+from compressed_format.modules.base import compressed_modules
+from compressed_format.modules.experts import CompressedExperts
 from tests.checks import assert_same_bits, assert_same_tensors
 from tests.integrations.decoders import DECODERS
 from tests.integrations.oracles import dense_twin

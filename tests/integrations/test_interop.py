@@ -23,7 +23,7 @@ from compressed_format import (
 )
 from compressed_format.bitpack import pack_codes
 from compressed_format.formats import prune_2_of_4
-from compressed_format.linear import compressed_modules
+from compressed_format.modules.base import compressed_modules
 from compressed_format.quantization import fake_quantize
 from tests.checks import assert_same_bits, assert_same_tensors
 from tests.integrations.peer import compress_with_peer

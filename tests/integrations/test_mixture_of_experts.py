@@ -27,8 +27,9 @@ from compressed_format import (
 )
 from compressed_format.errors import CalibrationError, TargetError
 from compressed_format.integrations.quantization_config import CompressedTensorsConfig
+from compressed_format.modules.base import compressed_modules
 from compressed_format.modules.experts import CompressedExpertLinear, CompressedExperts
-from compressed_format.modules.linear import CompressedLinear, compressed_modules
+from compressed_format.modules.linear import CompressedLinear
 from tests.checks import assert_same_bits, assert_same_tensors
 from tests.integrations.mixtures import (
     ARCHITECTURES,

@@ -23,7 +23,7 @@ from compressed_format import (
     ops,
     save_compressed,
 )
-from compressed_format.linear import compressed_modules
+from compressed_format.modules.base import compressed_modules
 from tests.checks import assert_same_bits, assert_same_tensors
 from tests.integrations.peer import compress_with_peer
 from tests.models import logits, read_config, read_tensors, recorded_warnings, tiny_llama, token_ids, weights

@@ -38,7 +38,7 @@ from compressed_format import (
     save_compressed,
 )
 from compressed_format.integrations.diffusers import build
-from compressed_format.linear import compressed_modules
+from compressed_format.modules.base import compressed_modules
 from tests.checks import assert_same_bits, assert_same_tensors
 from tests.integrations.vision_language import tiny_llava, tiny_qwen
 from tests.models import edit_config, read_config, read_tensors, recorded_warnings, seeded, weights

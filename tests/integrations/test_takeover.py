@@ -30,7 +30,7 @@ from compressed_format import (
     load_compressed,
     save_compressed,
 )
-from compressed_format.linear import compressed_modules
+from compressed_format.modules.base import compressed_modules
 from tests.checks import assert_same_bits, assert_same_tensors
 from tests.integrations.peer import compress_with_peer
 from tests.models import (
@@ -158,7 +158,7 @@ import json, warnings
 import torch, transformers
 from transformers.utils import is_compressed_tensors_available
 from compressed_format import CompressedFormatError, compress, enable_transformers
-from compressed_format.linear import compressed_modules
+from compressed_format.modules.base import compressed_modules
 assert not is_compressed_tensors_available()
 torch.set_num_threads(1)
 folder, dense, unserved, config = sys.argv[1:]

@@ -27,7 +27,7 @@ from compressed_format import (
     load_compressed,
     save_compressed,
 )
-from compressed_format.linear import compressed_modules
+from compressed_format.modules.base import compressed_modules
 from tests.checks import assert_same_bits, assert_same_tensors
 from tests.models import (
     LLAMA_CONFIGS,

@@ -25,7 +25,7 @@ from compressed_format import (
     load_compressed,
     save_compressed,
 )
-from compressed_format.linear import compressed_modules
+from compressed_format.modules.base import compressed_modules
 from tests.checks import assert_same_bits, assert_same_tensors
 from tests.integrations.vision_language import TEXT, llava_inputs, qwen_inputs, tiny_llava, tiny_qwen
 from tests.models import read_config, read_tensors, recorded_warnings, seeded, tiny_llama, weights

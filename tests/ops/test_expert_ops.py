@@ -13,8 +13,8 @@ from torch.nn import functional
 from compressed_format import ops
 from compressed_format.config import CompressionFormat
 from compressed_format.errors import OpArgumentError
-from compressed_format.experts import stack_tensors
 from compressed_format.formats import SPARSITY_FORMATS
+from compressed_format.modules.experts import stack_tensors
 from tests.checks import assert_same_bits
 from tests.ops.test_reference_ops import (
     COLUMNS,

@@ -1,0 +1,1 @@
+"""From dense modules to compressed ones in memory, and back."""

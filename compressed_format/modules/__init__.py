@@ -1,0 +1,1 @@
+"""Modules that run from packed tensors, and what others see of them."""

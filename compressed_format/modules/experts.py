@@ -1,0 +1,286 @@
+"""Mixtures of experts that run from packed tensors: :class:`CompressedExperts`.
+
+transformers keeps the weights of all experts of a layer in a few parameters ``[E, O, I]``; a file has them one by one,
+in two dimensions. Here they are stacked, each projection for itself: slice ``e`` of a tensor is the one of the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from frozendict import frozendict
+from torch import nn
+
+from compressed_format import ops
+from compressed_format.activations import WHOLE_TENSOR, activation_scale
+from compressed_format.bitmask import bytes_of
+from compressed_format.config import CompressionFormat, QuantizationScheme
+from compressed_format.config.experts import ExpertStack
+from compressed_format.modules.base import CompressedModule, compressed_modules
+from compressed_format.modules.offloading import offloaded_state, onloaded
+from compressed_format.quantization import QuantizedWeight
+
+__all__ = [
+    "CompressedExpertLinear",
+    "CompressedExperts",
+    "compressed_experts_class",
+    "expert_tensors",
+    "original_class",
+    "stack_tensors",
+    "stored_modules",
+    "unstacked_state",
+]
+
+
+class CompressedExpertLinear(CompressedModule):
+    """One projection of all experts: the tensors of ``E`` weights ``[O, I]``, stacked.
+
+    ``tensors`` maps the checkpoint's suffixes to tensors with a first dimension of ``E``.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        shape: tuple[int, int, int],
+        scheme: QuantizationScheme | None,
+        format: CompressionFormat,
+        *,
+        sparsity: CompressionFormat | None = None,
+        dtype: torch.dtype,
+    ) -> None:
+        self._set_up(tensors, shape[1:], scheme, format, sparsity, dtype)
+        self.num_experts, self.out_features, self.in_features = shape
+
+    def forward(self, input: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """``input`` ``[T, I]`` and ``experts`` int64 ``[T, k]`` to ``[T, k, O]``, in the dtype of ``input``.
+
+        Expert ``E`` stands for none: its outputs are zero.
+        """
+        if self._input is not None and not self._input_of_tokens:
+            # The scales differ from expert to expert, so each token is rounded for each of its own.
+            input = input.unsqueeze(1).expand(-1, experts.shape[1], -1)
+            input = self._quantize_for_experts(input, experts, "input").flatten(0, 1)
+            output = ops.expert_linear(input, experts.reshape(-1, 1), *self._weight_tensors(), *self._layout)
+            output = output.reshape(*experts.shape, self.out_features)
+        else:
+            output = ops.expert_linear(self._quantize_input(input), experts, *self._weight_tensors(), *self._layout)
+        return self._quantize_for_experts(output, experts, "output")
+
+    @property
+    def _input_of_tokens(self) -> bool:
+        """Whether inputs are rounded by their own values, token by token, whoever the expert is."""
+        return "input_scale" not in self._parameters and self._input is not None and self._input[3] != WHOLE_TENSOR
+
+    def _quantize_for_experts(self, values: torch.Tensor, experts: torch.Tensor, end: str) -> torch.Tensor:
+        """Round ``values`` ``[T, k, n]`` with the scales of each token's expert: the static ones, or those of the
+        values of all tokens that go to it."""
+        arguments = self._input if end == "input" else self._output
+        if arguments is None:
+            return values
+        scale: torch.Tensor | None = self._parameters.get(f"{end}_scale")
+        zero_point: torch.Tensor | None = self._parameters.get(f"{end}_zero_point")
+        if scale is None and arguments.group_size != WHOLE_TENSOR:
+            return ops.fake_quantize(values, None, None, *arguments)
+        if scale is None:
+            bits, is_float, symmetric, _ = arguments
+            ends = _range_of_experts(values, experts, self.num_experts)
+            scale, zero_point = (
+                None if found is None else found.unsqueeze(-1)
+                for found in activation_scale(*ends, bits, is_float, symmetric)
+            )
+        routed = experts.clamp(max=self.num_experts - 1)
+        return ops.fake_quantize(values, _rows(scale, routed), _rows(zero_point, routed), *arguments)
+
+    def checkpoint_parts(
+        self, name: str, given: Mapping[str, torch.Tensor] = frozendict()
+    ) -> dict[str, dict[str, torch.Tensor]]:
+        """The tensors of each expert, which a checkpoint names ``<stack>.<expert>.<projection>``.
+
+        ``given`` are taken in place of the module's own.
+        """
+        stack, _, projection = name.rpartition(".")
+        tensors = {suffix: value.data for suffix, value in self._parameters.items() if value is not None}
+        return {
+            f"{stack}.{expert}.{projection}": expert_tensors({**tensors, **given}, expert)
+            for expert in range(self.num_experts)
+        }
+
+    @staticmethod
+    def join_parts(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """The tensors of all experts, stacked."""
+        return {suffix: stack_tensors(suffix, [part[suffix] for part in parts]) for suffix in parts[0]}
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """The weights ``[E, O, I]`` as codes, scales and zero points, checked as strictly as when a file is decoded."""
+        found = [self._decoded(tensors) for tensors in self.checkpoint_parts("").values()]
+        stacked = {
+            name: None if getattr(found[0], name) is None else torch.stack([getattr(one, name) for one in found])
+            for name in ("codes", "scale", "zero_point", "global_scale", "g_idx")
+        }
+        return QuantizedWeight(**stacked)  # type: ignore[arg-type]  # codes there always are
+
+    def _dense_weight(self, packed: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
+        slices = (tuple(None if tensor is None else tensor[e] for tensor in packed) for e in range(self.num_experts))
+        return torch.stack([ops.dequantize(*one, *self._layout) for one in slices])
+
+    @property
+    def _dense_shape(self) -> tuple[int, ...]:
+        return (self.num_experts, *self._weight_shape)
+
+    def extra_repr(self) -> str:
+        shape = f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, {self._describe()}"
+
+
+class CompressedExperts(nn.Module):
+    """The experts of one layer; stands before the class of transformers whose place it takes.
+
+    That class says how gate and up meet and what follows the down projection. Its weights are gone: in their place
+    are the modules ``gate_proj`` (where there is a gate), ``up_proj`` and ``down_proj``.
+    """
+
+    expert_stack: ExpertStack
+    gate_proj: CompressedExpertLinear
+    up_proj: CompressedExpertLinear
+    down_proj: CompressedExpertLinear
+    # Of the class of transformers:
+    has_gate: bool
+    has_bias: bool
+    is_concatenated: bool
+    is_transposed: bool
+    gate_up_proj_bias: torch.Tensor
+    up_proj_bias: torch.Tensor
+    down_proj_bias: torch.Tensor
+    act_fn: Callable[[torch.Tensor], torch.Tensor]
+    post_expert_norm: Callable[[torch.Tensor], torch.Tensor]
+    _apply_gate: Callable[[torch.Tensor], torch.Tensor]
+    # transformers initialises a module by its class, and would look for the weights that are gone.
+    _is_hf_initialized = True
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """``[T, H]`` through the experts ``top_k_index`` ``[T, k]``, weighted by ``top_k_weights`` ``[T, k]``."""
+        tokens, slots = top_k_index.shape
+        bias = top_k_index.clamp(max=self.expert_stack.num_experts - 1) if self.has_bias else None
+        up = self.up_proj(hidden_states, top_k_index)
+        if self.has_gate:
+            gate = self.gate_proj(hidden_states, top_k_index)
+            fused = torch.cat((gate, up), -1) if self.is_concatenated else torch.stack((gate, up), -1).flatten(-2)
+            hidden = self._apply_gate(fused if bias is None else fused + self.gate_up_proj_bias[bias])
+        else:
+            hidden = self.act_fn(up if bias is None else up + self.up_proj_bias[bias])
+        output = self.down_proj(hidden.flatten(0, 1), top_k_index.reshape(-1, 1))
+        output = output.reshape(tokens, slots, self.down_proj.out_features)
+        if bias is not None:
+            output = output + self.down_proj_bias[bias]
+        if getattr(self, "has_post_expert_norm", False):
+            output = self.post_expert_norm(output)
+        weighted: torch.Tensor = output * top_k_weights.unsqueeze(-1)
+        return weighted.sum(dim=1).to(hidden_states.dtype)
+
+    @property
+    def projections(self) -> dict[str, CompressedExpertLinear]:
+        """The modules that hold the weights, by name."""
+        found = {"gate_proj": self.gate_proj} if self.has_gate else {}
+        return {**found, "up_proj": self.up_proj, "down_proj": self.down_proj}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, so pickle is told how to make it again.
+        return _blank_experts, (original_class(type(self)),), self.__getstate__()  # type: ignore[no-untyped-call]
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.expert_stack.num_experts}"
+
+
+@cache
+def compressed_experts_class(original: Any) -> type[CompressedExperts]:
+    """The class of compressed experts that takes the place of ``original``."""
+    name = f"Compressed{original.__name__}"
+    return type(name, (CompressedExperts, original), {"__module__": __name__, "__doc__": CompressedExperts.__doc__})
+
+
+def original_class(compressed: type[nn.Module]) -> Any:
+    """The class whose place ``compressed`` takes."""
+    return compressed.__mro__[compressed.__mro__.index(CompressedExperts) + 1]
+
+
+def _blank_experts(original: Any) -> CompressedExperts:
+    kind = compressed_experts_class(original)
+    return kind.__new__(kind)
+
+
+def expert_tensors(tensors: Mapping[str, torch.Tensor], expert: int) -> dict[str, torch.Tensor]:
+    """The tensors of one expert, out of those of all."""
+    found = {suffix: tensor[expert] for suffix, tensor in tensors.items()}
+    if "row_offsets" in found:
+        # Experts have different numbers of values that are not zero, and are padded to the largest.
+        values = _SET_BITS.to(found["bitmask"].device)[found["bitmask"].flatten().to(torch.int64)].sum()
+        found["compressed"] = found["compressed"][: int(values)]
+    return found
+
+
+def stack_tensors(suffix: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One tensor of all experts, stacked; values without zeros are padded to the most that an expert has."""
+    longest = max(tensor.shape[0] for tensor in tensors) if suffix == "compressed" else 0
+    if suffix == "compressed" and any(tensor.shape[0] != longest for tensor in tensors):
+        stacked = tensors[0].new_zeros((len(tensors), longest))
+        for expert, tensor in enumerate(tensors):
+            stacked[expert, : tensor.shape[0]] = tensor
+        return stacked
+    return torch.stack(list(tensors))
+
+
+_SET_BITS = torch.tensor([byte.bit_count() for byte in range(256)], device="cpu")
+
+
+def _range_of_experts(values: torch.Tensor, experts: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least and the largest of all ``values`` ``[T, k, n]`` that go to each expert; zero where there are none."""
+    index = experts.flatten()
+    nothing = values.new_zeros(count + 1)
+    least = nothing.scatter_reduce(0, index, values.amin(dim=-1).flatten(), "amin", include_self=False)
+    largest = nothing.scatter_reduce(0, index, values.amax(dim=-1).flatten(), "amax", include_self=False)
+    return least[:count], largest[:count]
+
+
+def _rows(values: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | None:
+    """``values[index]``, through bytes: torch cannot pick among float8 zero points everywhere."""
+    if values is None:
+        return None
+    picked = bytes_of(values)[index]
+    return picked.view(values.dtype)
+
+
+def stored_modules(model: nn.Module) -> dict[str, CompressedModule]:
+    """Every compressed module of ``model`` by the name that a checkpoint has for it; experts are named one by one."""
+    found: dict[str, CompressedModule] = {}
+    for name, module in compressed_modules(model).items():
+        if not isinstance(module, CompressedExpertLinear):
+            found[name] = module
+            continue
+        stack, _, projection = name.rpartition(".")
+        found |= {f"{stack}.{expert}.{projection}": module for expert in range(module.num_experts)}
+    return found
+
+
+def unstacked_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict with each shared tensor once, and those of experts one by one:
+    ``<stack>.<expert>.<projection>.<suffix>``."""
+    state: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    experts = {name: module for name, module in model.named_modules() if isinstance(module, CompressedExpertLinear)}
+    for name, tensor in offloaded_state(model, model.state_dict(keep_vars=True)).items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        place, _, suffix = name.rpartition(".")
+        if place in experts:
+            with onloaded(experts[place], place):
+                parts = experts[place].checkpoint_parts(place)
+            state |= {f"{stored}.{suffix}": tensors[suffix] for stored, tensors in parts.items()}
+        else:
+            state[name] = tensor
+    return state

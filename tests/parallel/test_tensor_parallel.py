@@ -1,0 +1,19 @@
+"""Tensor parallelism: packed modules split between two processes compute what they compute in one."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.parallel.processes import checks_of, run_checks
+
+CHECKS = "tests.parallel.tensor_parallel_checks"
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return run_checks(CHECKS, tmp_path_factory.mktemp("processes"))
+
+
+@pytest.mark.parametrize("check", checks_of(CHECKS))
+def test_in_two_processes(check: str, failures: dict[str, str]) -> None:
+    assert check not in failures, failures[check]
