@@ -100,10 +100,10 @@ class CompressedFormatQuantizer(HfQuantizer):
         # transformers tells of tensors that it has no place for by its own names.
         self.skeleton.explained |= renamed_experts(model, self.skeleton.explained)
         retie(model)
+        rearranged = {source for recipe in self.skeleton.recipes.values() for source in recipe.sources}
         for name, tensor in named.items():
-            problem = (
-                None if name in self.skeleton.packed or name not in state else dtype_misfit(tensor, state[name].dtype)
-            )
+            as_it_is = name in state and name not in self.skeleton.packed | rearranged
+            problem = dtype_misfit(tensor, state[name].dtype) if as_it_is else None
             if problem is not None and name not in self.skeleton.explained:
                 self.skeleton.problems.append(Problem(name, problem))
         by_model_name = {renamed: readers[name] for name, renamed in names.items()}

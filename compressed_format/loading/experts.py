@@ -77,6 +77,11 @@ def stack_experts(
             sparsity=None if assignment is None else assignment.sparsity,
             dtype=module._parameters["down_proj"].dtype,  # type: ignore[union-attr]  # stacks have one
         )
+    if problems:
+        # Of the rest of the stack there is nothing to say before these are gone.
+        inside = {place: tensors for place, tensors in stored.items() if f"{place}.".startswith(f"{name}.")}
+        explained.update(f"{place}.{suffix}" for place, tensors in inside.items() for suffix in tensors)
+        explained.update(f"{name}.{suffix}" for suffix in module._parameters)
     complete = None if problems else compressed_stack(module, stack, projections)
     return StackedExperts(complete, recipes, needless, frozenset(explained), problems)
 

@@ -119,7 +119,7 @@ def _obstacle(
     if assignment is None or assignment.scheme is None or assignment.scheme.weights is None:
         return None if suffix == "weight" else "they are not quantized"
     args = assignment.scheme.weights
-    if suffix == "weight_zero_point" and tensor.dtype == "I32":
+    if suffix == "weight_zero_point" and tensor.dtype == "int32":
         if interleaved or shape[0] * args.num_bits % 32:
             return f"its words hold zero points of both ({shape[0]} of {args.num_bits} bits each)"
     elif suffix in ("weight_scale", "weight_zero_point"):

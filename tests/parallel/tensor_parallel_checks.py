@@ -205,7 +205,7 @@ def check_styles_of_torch_refuse_packed_modules(folder: Path) -> None:
         for layer, style in PLAN.items():
             model = _pair(CONFIGS[name])
             before = {key: value.clone() for key, value in model.state_dict().items()}
-            with pytest.raises(UnsupportedFormatError, match=r"compressed_format\.tensor_parallel\.parallelize_module"):
+            with pytest.raises(UnsupportedFormatError, match=r"compressed_format\.parallel\.parallelize_module"):
                 parallel.parallelize_module(model, _mesh(), {layer: style})
             for key, value in model.state_dict().items():
                 assert_same_bits(value, before[key])
