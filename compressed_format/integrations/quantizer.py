@@ -108,7 +108,8 @@ class CompressedFormatQuantizer(HfQuantizer):
                 self.skeleton.problems.append(Problem(name, problem))
         by_model_name = {renamed: readers[name] for name, renamed in names.items()}
         self.skeleton.problems += self.skeleton.zero_point_problems(lambda name: by_model_name[name]())
-        if self.reports_itself:
+        # transformers would fuse experts that do not fit as if they were dense ones, and fail over it.
+        if self.reports_itself or not self.skeleton.experts_fit:
             problems = [*self.skeleton.problems, *_left_over(model, named, self.skeleton)]
             _refuse(model, problems)
         self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}

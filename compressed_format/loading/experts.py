@@ -39,11 +39,12 @@ def stack_experts(
 ) -> StackedExperts:
     """The compressed experts that take the place of ``module``, which is ``name`` in the model."""
     fused = split_fused(name, module, stack, assignments, stored)
+    if fused.problems:
+        return _refused(name, module, stored, fused.problems)
     projections: dict[str, CompressedExpertLinear] = {}
     recipes: dict[str, Recipe] = {}
-    explained: set[str] = set()
     needless: dict[str, tuple[Assignment, int]] = {}
-    problems: list[Problem] = list(fused.problems)
+    problems: list[Problem] = []
     for projection, assignment in assignments.items():
         shape = projection_shape(module, projection)
         fits = []
@@ -53,8 +54,6 @@ def stack_experts(
             fits.append(_fit(place, assignment, found, shape))
             if assignment is not None:
                 needless |= {f"{place}.{suffix}": (assignment, shape[0]) for suffix in fits[-1].needless}
-            if fits[-1].problems:
-                explained.update(f"{place}.{suffix}" for suffix in (*found, "weight"))
         wrong = _problems(name, projection, fits)
         if wrong:
             problems += wrong
@@ -78,12 +77,16 @@ def stack_experts(
             dtype=module._parameters["down_proj"].dtype,  # type: ignore[union-attr]  # stacks have one
         )
     if problems:
-        # Of the rest of the stack there is nothing to say before these are gone.
-        inside = {place: tensors for place, tensors in stored.items() if f"{place}.".startswith(f"{name}.")}
-        explained.update(f"{place}.{suffix}" for place, tensors in inside.items() for suffix in tensors)
-        explained.update(f"{name}.{suffix}" for suffix in module._parameters)
-    complete = None if problems else compressed_stack(module, stack, projections)
-    return StackedExperts(complete, recipes, needless, frozenset(explained), problems)
+        return _refused(name, module, stored, problems)
+    return StackedExperts(compressed_stack(module, stack, projections), recipes, needless, frozenset(), [])
+
+
+def _refused(name: str, module: nn.Module, stored: Stored, problems: list[Problem]) -> StackedExperts:
+    """A stack of which nothing more is to be said before its ``problems`` are gone."""
+    inside = {place: tensors for place, tensors in stored.items() if f"{place}.".startswith(f"{name}.")}
+    explained = {f"{place}.{suffix}" for place, tensors in inside.items() for suffix in tensors}
+    explained |= {f"{name}.{own}" for own in module._parameters}
+    return StackedExperts(None, {}, {}, frozenset(explained), problems)
 
 
 def dense_recipes(name: str, module: nn.Module, stack: ExpertStack) -> dict[str, Recipe]:

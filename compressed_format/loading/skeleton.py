@@ -44,8 +44,8 @@ class Skeleton:
 
     ``stored`` describes the checkpoint's tensors by the model's names for them. ``tied`` maps parameters that will be
     tied once they are loaded to those they will be; others share one already. Afterwards ``problems`` holds what
-    does not fit, ``packed`` the names that must keep their stored dtype, and ``explained`` the names that need no
-    further word, because a problem or a warning has told of them.
+    does not fit, ``experts_fit`` whether all stacks of experts do, ``packed`` the names that must keep their stored
+    dtype, and ``explained`` the names that need no further word, because a problem or a warning has told of them.
 
     Raises :class:`UnsupportedFormatError` for everything that would not run correctly, by feature and module.
     """
@@ -62,6 +62,7 @@ class Skeleton:
         self.problems: list[Problem] = []
         self.packed: set[str] = set()
         self.explained: set[str] = set()
+        self.experts_fit = True
         self._names = _names_of_modules(model)
         self._twins = _modules_sharing_weights(model, tied)
         self._modules: dict[str, CompressedModule] = {}
@@ -244,6 +245,7 @@ class Skeleton:
         self.explained |= found.explained | found.needless.keys()
         self._zero_points |= found.needless
         if found.module is None:
+            self.experts_fit = False
             return
         self.recipes |= found.recipes
         for projection, module in found.module.projections.items():
