@@ -1,13 +1,28 @@
-"""What an import brings along, each in a fresh interpreter."""
+"""What an import brings along, each in a fresh interpreter; and that each part imports only from those before it."""
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
 
 import pytest
 
+import compressed_format
+
+PACKAGE = Path(compressed_format.__file__).parent
+# The order of the parts, as in the README's map.
+PARTS = (
+    "errors", "dtypes", "config", "bitpack", "bitmask", "scales", "quantization", "activations", "ops", "formats",
+    "checkpoint", "modules", "calibrate", "renaming", "model_origin", "compression", "loading", "parallel", "save",
+    "load", "takeover", "integrations",
+)  # fmt: skip
+# What only a model of another library needs, or one that is split: a function may import it when it is called.
+ON_USE = {"integrations", "parallel"}
 FOREIGN = {"accelerate", "compressed_tensors", "diffusers", "pandas", "torch._dynamo", "tqdm.auto", "transformers"}
 
 
@@ -66,7 +81,9 @@ def test_all_names_need_nothing_foreign() -> None:
     loaded = modules_after(everything)
     assert "torch" in loaded
     assert not loaded & FOREIGN
-    assert "compressed_format.integrations.transformers" not in loaded
+    assert not {
+        name for name in loaded if name.startswith(("compressed_format.integrations", "compressed_format.parallel"))
+    }
     assert not loaded & {"matplotlib", "scipy", "sklearn", "IPython"}
 
 
@@ -84,3 +101,48 @@ decompress(model)
 """
     loaded = modules_after(program)
     assert not loaded & {"transformers", "pandas", "accelerate", "compressed_tensors"}
+
+
+def imports_of(path: Path) -> Iterator[tuple[str, bool]]:
+    """The modules of this package that a file imports, and whether it does so as it is imported itself."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    later = {inner for function in functions for inner in ast.walk(function)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            assert node.module is not None
+            # What is imported from a package may be a module of it.
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.startswith("compressed_format."):
+                yield name.removeprefix("compressed_format."), node not in later
+
+
+def modules_of_the_package() -> dict[str, Path]:
+    found = {path.relative_to(PACKAGE).with_suffix("").parts: path for path in PACKAGE.rglob("*.py")}
+    return {".".join(parts).removesuffix(".__init__"): path for parts, path in found.items() if parts != ("__init__",)}
+
+
+def test_each_part_imports_only_from_those_before_it() -> None:
+    wrong = []
+    for module, path in modules_of_the_package().items():
+        own = PARTS.index(module.partition(".")[0])
+        for name, at_once in imports_of(path):
+            part = name.partition(".")[0]
+            if PARTS.index(part) > own and (at_once or part not in ON_USE):
+                wrong.append(f"{module} imports {name}")
+    assert wrong == []
+
+
+def test_no_modules_import_each_other() -> None:
+    modules = modules_of_the_package()
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        names = [name for name, at_once in imports_of(path) if at_once]
+        graph[module] = {name if name in modules else name.rpartition(".")[0] for name in names} - {module}
+    assert len(list(TopologicalSorter(graph).static_order())) >= len(modules)  # or it raises, naming the cycle
