@@ -44,7 +44,7 @@ class _ActivationArguments(NamedTuple):
 
 
 class SplitWeight(Protocol):
-    """What :mod:`compressed_format.parallel.tensor_parallel` puts into a module whose weight it has split."""
+    """What :mod:`compressed_format.parallel` puts into a module whose weight it has split."""
 
     def linear(self, module: CompressedModule, input: torch.Tensor) -> torch.Tensor: ...
 
