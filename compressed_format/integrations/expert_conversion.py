@@ -62,6 +62,7 @@ class StackExperts(_ByName):
         self.projections = {
             stack: {stored: own for own, stored in found.items()} for stack, found in self.called.items()
         }
+        self.stacks = {target.rsplit(".", 2)[0] for target in recipes}
         # What is made of the same tensors is made together, under the name of the first of it.
         self.first: dict[str, str] = {}
         self.together: dict[str, list[str]] = defaultdict(list)
@@ -75,6 +76,11 @@ class StackExperts(_ByName):
             if own in self.first:
                 self._was_used = True
                 return self.first[own], _PATTERN
+        for own in own_names(source_key, self.prefix, self.projections):
+            # What nobody takes keeps its name, where transformers' conversions might give it that of dense experts.
+            stack, *rest = own.rsplit(".", 3)
+            if stack in self.stacks and len(rest) == 3 and rest[0].isdigit():
+                return own, _PATTERN
         return source_key, None
 
     def convert(self, layer_name: str, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:

@@ -236,7 +236,7 @@ def test_a_config_that_reaches_no_experts(tmp_path: Path) -> None:
     for ignore in (["lm_head", "re:.*experts.*"], ["lm_head", r"re:.*experts.*down_proj"]):
         edit_config(tmp_path / "x", quantization_config={"ignore": ignore})
         for given in ({}, {"model": tiny_mixture("Qwen3-MoE")}):
-            with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.experts\.0\.\w+_proj"):
+            with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.experts\.(0\.)?\w+_proj"):
                 load_compressed(tmp_path / "x", **given)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme as PeerScheme
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
@@ -113,9 +114,15 @@ def saved(architecture: str, made: Any, folder: Path, **fields: Any) -> Any:
     return model
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
     assert expected.isfinite().all()
-    assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def peer_tolerance(name: str) -> float:
+    """Before 5.23, transformers dequantizes float8 experts to bfloat16, whatever the rest of the model is in."""
+    older = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
+    return 1e-2 if older and "FP8" in name else 1e-4
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
@@ -280,7 +287,7 @@ READ_THERE = {
 def test_the_peer_reads_ours(architecture: str, name: str, tmp_path: Path) -> None:
     model = saved(architecture, READ_THERE[name], tmp_path / "x")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "x")
-    assert_close(logits(theirs), logits(decompress(model)))
+    assert_close(logits(theirs), logits(decompress(model)), peer_tolerance(name))
 
 
 def compress_as_the_peer(architecture: str, made: QuantizationConfig, folder: Path) -> dict[str, torch.Tensor]:
@@ -329,7 +336,8 @@ def test_what_the_peer_writes_loads_here(architecture: str, name: str, tmp_path:
     assert_same_tensors(ours.state_dict(), here.state_dict())
     assert_same_bits(logits(ours), logits(here))
     if name in READ_THERE and architecture != "GPT-OSS":
-        assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")), logits(decompress(ours)))
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+        assert_close(logits(theirs), logits(decompress(ours)), peer_tolerance(name))
 
 
 # Compressed while they are loaded ------------------------------------------------------------------------------------
