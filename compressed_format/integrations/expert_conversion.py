@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import nullcontext
 from copy import copy
 from typing import Any
 
@@ -18,11 +19,9 @@ from transformers.core_model_loading import ConversionOps, PrefixChange, WeightC
 from compressed_format.integrations.checkpoint_names import own_names, projection_names
 from compressed_format.loading.fused_experts import Recipe
 from compressed_format.modules.experts import CompressedExpertLinear, CompressedExperts
+from compressed_format.modules.offloading import onloaded
 
-__all__ = ["StackExperts", "remember_conversions"]
-
-_PATTERN = "experts of compressed_format"
-
+__all__ = ["ConversionByName", "StackExperts", "remember_conversions"]
 
 class _Nothing(ConversionOps):
     """A conversion must have an operation; those here work on names, which an operation is not told."""
@@ -31,11 +30,14 @@ class _Nothing(ConversionOps):
         return input_dict
 
 
-class _ByName(WeightConverter):
+class ConversionByName(WeightConverter):
     """A conversion that collects tensors by their names, and of which each of its results has a copy."""
 
+    pattern = "tensors of compressed_format"
+    """What it says that it has found in the name of a tensor that is its own."""
+
     def __init__(self) -> None:
-        super().__init__(_PATTERN, _PATTERN, [_Nothing()])
+        super().__init__(self.pattern, self.pattern, [_Nothing()])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # transformers copies a conversion for every tensor that it takes.
@@ -48,7 +50,7 @@ class _ByName(WeightConverter):
         self.layer_targets[target_key].add(source_key)
 
 
-class StackExperts(_ByName):
+class StackExperts(ConversionByName):
     """Makes the tensors of ``recipes`` while ``model`` is loaded.
 
     ``names`` has the model's name of each tensor of the checkpoint, that of an expert being
@@ -75,12 +77,12 @@ class StackExperts(_ByName):
         for own in own_names(source_key, self.prefix, self.projections):
             if own in self.first:
                 self._was_used = True
-                return self.first[own], _PATTERN
+                return self.first[own], self.pattern
         for own in own_names(source_key, self.prefix, self.projections):
             # What nobody takes keeps its name, where transformers' conversions might give it that of dense experts.
             stack, *rest = own.rsplit(".", 3)
             if stack in self.stacks and len(rest) == 3 and rest[0].isdigit():
-                return own, _PATTERN
+                return own, self.pattern
         return source_key, None
 
     def convert(self, layer_name: str, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
@@ -88,11 +90,11 @@ class StackExperts(_ByName):
         recipes = {target: self.recipes[target] for target in self.together[layer_name]}
         return {target: recipe.make([found[name] for name in recipe.sources]) for target, recipe in recipes.items()}
 
-    def reverse_transform(self) -> _ByName:
+    def reverse_transform(self) -> ConversionByName:
         return _UnstackExperts(self.called)
 
 
-class _UnstackExperts(_ByName):
+class _UnstackExperts(ConversionByName):
     """Takes the compressed experts of a model's state dict apart."""
 
     def __init__(self, called: Mapping[str, Mapping[str, str]]) -> None:
@@ -101,8 +103,10 @@ class _UnstackExperts(_ByName):
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         parts = source_key.rsplit(".", 2)
-        mine = len(parts) == 3 and parts[1] in self.called.get(parts[0], ())
-        return source_key, _PATTERN if mine else None
+        if len(parts) < 3 or parts[1] not in self.called.get(parts[0], ()):
+            return source_key, None
+        # As the first expert is called, for releases before 5.23 rename what comes out of here, and not the results.
+        return f"{parts[0]}.0.{self.called[parts[0]][parts[1]]}.{parts[2]}", self.pattern
 
     def convert(self, layer_name: str, model: Any = None, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         ((name, (tensor,)),) = self.materialize_tensors().items()
@@ -110,9 +114,10 @@ class _UnstackExperts(_ByName):
         stack, _, projection = place.rpartition(".")
         module = model.get_submodule(place)
         assert isinstance(module, CompressedExpertLinear)
-        # Releases before 5.23 have renamed the layer by now; later ones do so with what comes out of here.
-        parent, called = layer_name.rsplit(".", 2)[0], self.called[stack][projection]
-        parts = module.checkpoint_parts(place, {suffix: tensor})
+        parent, called = layer_name.rsplit(".", 3)[0], self.called[stack][projection]
+        # How many of the values without zeros are an expert's, its bitmask tells, which may be offloaded.
+        with onloaded(module, place) if suffix == "compressed" else nullcontext():
+            parts = module.checkpoint_parts(place, {suffix: tensor})
         return {f"{parent}.{expert}.{called}.{suffix}": part[suffix] for expert, part in enumerate(parts.values())}
 
 

@@ -16,7 +16,7 @@ from compressed_format.formats import FORMATS, SPARSITY_FORMATS, prune_2_of_4
 from tests.mixtures import expert_weights
 from tests.models import seeded
 
-_SIZES: Mapping[str, Any] = frozendict(
+SIZES: Mapping[str, Any] = frozendict(
     {
         "hidden_size": 64,
         "intermediate_size": 32,
@@ -69,7 +69,7 @@ each_architecture = list(ARCHITECTURES)
 def tiny_mixture(architecture: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **fields: Any) -> Any:
     """A causal language model with four experts a layer, two for each token, in evaluation mode."""
     kind, own, *_ = ARCHITECTURES[architecture]
-    config = getattr(transformers, f"{kind}Config")(**{**_SIZES, **own, **fields})
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **own, **fields})
     return seeded(transformers.AutoModelForCausalLM.from_config, config, dtype=dtype, seed=seed)
 
 

@@ -34,6 +34,7 @@ from compressed_format.modules.linear import CompressedLinear
 from tests.checks import assert_same_bits, assert_same_tensors
 from tests.integrations.mixtures import (
     ARCHITECTURES,
+    SIZES,
     dense_experts_of,
     each_architecture,
     encoded,
@@ -43,7 +44,7 @@ from tests.integrations.mixtures import (
 )
 from tests.integrations.oracles import dense_twin
 from tests.integrations.peer import _weight_range
-from tests.models import read_config, read_tensors, recorded_warnings
+from tests.models import read_config, read_tensors, recorded_warnings, seeded
 
 pytestmark = pytest.mark.filterwarnings(
     # Models built in a test come from nowhere.
@@ -192,6 +193,34 @@ def test_every_expert_is_packed_and_stays_so(architecture: str, tmp_path: Path) 
     dense.save_pretrained(tmp_path / "dense")
     assert read_tensors(tmp_path / "back").keys() == read_tensors(tmp_path / "dense").keys()
     assert_same_bits(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "back")), logits(back))
+
+
+OTHERS = {
+    # Fused in dense files, under names of its own.
+    "Granite": ("GraniteMoe", {"num_local_experts": 4}, "model.layers.1.block_sparse_moe.experts.3.gate_proj"),
+    "LFM2": ("Lfm2Moe", {"num_experts": 4, "num_dense_layers": 1}, "model.layers.1.feed_forward.experts.3.w1"),
+    "Phi": ("Phimoe", {"num_local_experts": 4}, "model.layers.0.block_sparse_moe.experts.3.w2"),
+    "Qwen3-Next": ("Qwen3Next", {"num_experts": 4, "decoder_sparse_step": 1}, "model.layers.1.mlp.experts.3.up_proj"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_architectures(kind: str, tmp_path: Path) -> None:
+    name, fields, place = OTHERS[kind]
+    if name in ("Lfm2Moe", "Qwen3Next"):
+        fields = {**fields, "layer_types": ["full_attention"] * 2, "shared_expert_intermediate_size": 32}
+    sizes = {**SIZES, "moe_intermediate_size": 32, **fields}
+    made = getattr(transformers, f"{name}Config")(**sizes)
+    model = compress(seeded(AutoModelForCausalLM.from_config, made), W4A16)
+    expected = logits(model)
+    save_compressed(model, tmp_path / "x")
+    model.save_pretrained(tmp_path / "y")
+    stored = read_tensors(tmp_path / "x")
+    assert stored[f"{place}.weight_packed"].dim() == 2
+    assert_same_tensors(read_tensors(tmp_path / "y"), stored)
+    for folder in ("x", "y"):
+        assert_same_bits(logits(load_compressed(tmp_path / folder)), expected)
+    assert_close(logits(decompress(model)), expected)
 
 
 def test_shards(tmp_path: Path) -> None:
