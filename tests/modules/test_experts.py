@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.modules.test_linear import fake_quantized
 from torch import nn
 from torch.nn import functional
 
@@ -42,6 +41,7 @@ from compressed_format.quantization import dequantize
 from tests.checks import assert_same_bits, assert_same_tensors
 from tests.mixtures import EXPERTS, HIDDEN, INNER, LAYOUTS, SLOTS, Experts, Layers, Mixture, expert_weights, routed
 from tests.models import read_config, read_tensors, recorded_warnings, seeded
+from tests.modules.test_linear import fake_quantized
 
 INT8, FP8 = {"num_bits": 8}, {"num_bits": 8, "type": "float"}
 TENSOR, TOKEN, GROUP = {"strategy": "tensor"}, {"strategy": "token"}, {"strategy": "group", "group_size": 8}
