@@ -11,7 +11,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from frozendict import frozendict
 from torch import nn
 
 from compressed_format import ops
@@ -27,7 +26,6 @@ __all__ = [
     "CompressedExpertLinear",
     "CompressedExperts",
     "compressed_experts_class",
-    "expert_tensors",
     "original_class",
     "stack_tensors",
     "stored_modules",
@@ -95,18 +93,27 @@ class CompressedExpertLinear(CompressedModule):
         return ops.fake_quantize(values, _rows(scale, routed), _rows(zero_point, routed), *arguments)
 
     def checkpoint_parts(
-        self, name: str, given: Mapping[str, torch.Tensor] = frozendict()
+        self, name: str, given: Mapping[str, torch.Tensor] | None = None
     ) -> dict[str, dict[str, torch.Tensor]]:
         """The tensors of each expert, which a checkpoint names ``<stack>.<expert>.<projection>``.
 
-        ``given`` are taken in place of the module's own.
+        Where some of the stacked tensors are ``given``, they are taken apart, and no others.
         """
         stack, _, projection = name.rpartition(".")
         tensors = {suffix: value.data for suffix, value in self._parameters.items() if value is not None}
         return {
-            f"{stack}.{expert}.{projection}": expert_tensors({**tensors, **given}, expert)
+            f"{stack}.{expert}.{projection}": self._part(expert, tensors if given is None else given)
             for expert in range(self.num_experts)
         }
+
+    def _part(self, expert: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        part = {suffix: tensor[expert] for suffix, tensor in tensors.items()}
+        if "compressed" in part and "row_offsets" in self._parameters:
+            # Experts have different numbers of values that are not zero, and are padded to the largest.
+            bitmask = self._parameters["bitmask"][expert]  # type: ignore[index]  # it is where row_offsets are
+            values = _SET_BITS.to(bitmask.device)[bitmask.flatten().to(torch.int64)].sum()
+            part["compressed"] = part["compressed"][: int(values)]
+        return part
 
     @staticmethod
     def join_parts(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -213,16 +220,6 @@ def _blank_experts(original: Any) -> CompressedExperts:
     return kind.__new__(kind)
 
 
-def expert_tensors(tensors: Mapping[str, torch.Tensor], expert: int) -> dict[str, torch.Tensor]:
-    """The tensors of one expert, out of those of all."""
-    found = {suffix: tensor[expert] for suffix, tensor in tensors.items()}
-    if "row_offsets" in found:
-        # Experts have different numbers of values that are not zero, and are padded to the largest.
-        values = _SET_BITS.to(found["bitmask"].device)[found["bitmask"].flatten().to(torch.int64)].sum()
-        found["compressed"] = found["compressed"][: int(values)]
-    return found
-
-
 def stack_tensors(suffix: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """One tensor of all experts, stacked; values without zeros are padded to the most that an expert has."""
     longest = max(tensor.shape[0] for tensor in tensors) if suffix == "compressed" else 0
@@ -272,15 +269,17 @@ def unstacked_state(model: nn.Module) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     experts = {name: module for name, module in model.named_modules() if isinstance(module, CompressedExpertLinear)}
+    parts: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
     for name, tensor in offloaded_state(model, model.state_dict(keep_vars=True)).items():
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
         place, _, suffix = name.rpartition(".")
         if place in experts:
-            with onloaded(experts[place], place):
-                parts = experts[place].checkpoint_parts(place)
-            state |= {f"{stored}.{suffix}": tensors[suffix] for stored, tensors in parts.items()}
+            if place not in parts:
+                with onloaded(experts[place], place):
+                    parts[place] = experts[place].checkpoint_parts(place)
+            state |= {f"{stored}.{suffix}": tensors[suffix] for stored, tensors in parts[place].items()}
         else:
             state[name] = tensor
     return state

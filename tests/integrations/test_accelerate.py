@@ -455,10 +455,17 @@ def tiny_mixtral() -> Any:
 EXPERT_CONFIGS = {
     "int4": weights(4, strategy="group", group_size=32, ignore=("lm_head",)),
     "int8": LLAMA_CONFIGS["W8A8"],
+    # Experts differ in how many of their values are not zero.
+    "float8 without zeros": {
+        **weights(8, type="float", strategy="channel", ignore=("lm_head",)),
+        "sparsity_config": {"format": "sparse-bitmask", "targets": ["Linear"], "ignore": ["lm_head"]},
+    },
 }
 
 
-@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:Attempting to save a model with offloaded modules:UserWarning", "ignore:this checkpoint is sparse"
+)
 @pytest.mark.parametrize("name", EXPERT_CONFIGS)
 def test_experts_on_disk(tmp_path: Path, name: str) -> None:
     whole = compress(tiny_mixtral(), EXPERT_CONFIGS[name])
