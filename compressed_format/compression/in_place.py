@@ -13,20 +13,11 @@ from torch import nn
 
 from compressed_format.calibrate import calibrate_activations, needs_calibration
 from compressed_format.compression.attached_config import attach_config, forget_config, tell_library
-from compressed_format.compression.experts import (
-    compress_experts,
-    observable_experts,
-    plain_experts,
-)
+from compressed_format.compression.experts import compress_experts, observable_experts, plain_experts
 from compressed_format.compression.modules import check_modules, compress_module, plain_module, treatment
 from compressed_format.compression.plan import plan_compression
 from compressed_format.compression.ties import announce_broken_ties, tied_weights
-from compressed_format.config import (
-    PRESETS,
-    QuantizationConfig,
-    QuantizationScheme,
-    TargetResolution,
-)
+from compressed_format.config import PRESETS, QuantizationConfig, QuantizationScheme, TargetResolution
 from compressed_format.errors import (
     CalibrationError,
     ConfigError,
@@ -41,12 +32,7 @@ from compressed_format.modules.experts import CompressedExpertLinear, Compressed
 from compressed_format.modules.offloading import hand_over, is_kept_around, is_offloaded, onloaded
 from compressed_format.renaming import module_names, rename_modules
 
-__all__ = [
-    "compress",
-    "decompress",
-    "places_of_modules",
-    "read_config",
-]
+__all__ = ["compress", "decompress", "places_of_modules", "read_config"]
 
 ConfigLike = QuantizationConfig | Mapping[str, Any] | str | os.PathLike[str]
 

@@ -10,16 +10,15 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps
 
 from compressed_format.calibrate import needs_calibration
-from compressed_format.compression.experts import (
-    compress_experts,
-    expert_linears,
-)
+from compressed_format.compression.experts import compress_experts, expert_linears
 from compressed_format.compression.in_place import places_of_modules
 from compressed_format.compression.modules import check_modules, compress_module, treatment, value_problems
 from compressed_format.compression.plan import PlannedStack, plan_compression
 from compressed_format.compression.ties import announce_broken_ties
 from compressed_format.config import Assignment, QuantizationConfig
 from compressed_format.errors import CalibrationError, CheckpointError, Problem, QuantizationError
+from compressed_format.integrations.checkpoint_names import own_names
+from compressed_format.integrations.expert_conversion import ConversionByName
 from compressed_format.integrations.transformers import retie
 from compressed_format.modules.base import CompressedModule
 
@@ -30,13 +29,16 @@ class CompressionOnLoad:
     """Compresses what ``config`` targets in ``model``, which is on the meta device, weight by weight as they arrive.
 
     The result is that of :func:`~compressed_format.compress` on the loaded model. ``stored`` holds the names of the
-    checkpoint's tensors, as the model has them. Raises what ``compress`` does, but for what only values tell, which
+    checkpoint's tensors, as the model has them, and ``device_map`` is that of ``from_pretrained``. Raises what ``compress`` does, but for what only values tell, which
     :meth:`finish` raises. Static activation scales need data, and are a :class:`CalibrationError`.
     """
 
-    def __init__(self, model: Any, config: QuantizationConfig, *, stored: Collection[str]) -> None:
+    def __init__(
+        self, model: Any, config: QuantizationConfig, *, stored: Collection[str], device_map: Any = None
+    ) -> None:
         self.model = model
-        self.operation = _Compress(self)
+        self._device_map: Mapping[str, Any] = device_map if isinstance(device_map, Mapping) else {}
+        self.operation, self.conversion = _Compress(self), _CompressWeights(self)
         resolution, modules, stacks = plan = plan_compression(model, config)
         self._left: dict[str, Assignment] = {name: resolution.assignments[name] for name in modules}
         self._stacks: dict[str, PlannedStack] = stacks
@@ -52,8 +54,9 @@ class CompressionOnLoad:
         announce_broken_ties(model, ties, resolution)
         self._places = places_of_modules(model)
         self._problems: list[Problem] = []
-        self._taken: list[nn.Module] = []
         self._twins: list[tuple[CompressedModule, CompressedModule]] = []
+        # transformers' own set of the names that it waits for, or has waited for in vain.
+        self._missing: set[str] = set()
 
     def takes(self, name: str) -> bool:
         """Whether the tensor ``name`` of the dense model becomes part of a compressed module."""
@@ -61,6 +64,10 @@ class CompressionOnLoad:
         if module in self._stacks:
             return self._stacks[module][0]._parameters[suffix] is not None and not suffix.endswith("_bias")
         return any(place in self._left for place in self._sharing.get(name, ()))
+
+    def takes_weight(self, name: str) -> bool:
+        """Whether the tensor ``name`` is the whole weight of a module to be compressed; that of experts is not."""
+        return name.rpartition(".")[0] not in self._stacks and self.takes(name)
 
     def element_size(self, name: str, parameter: torch.Tensor) -> float:
         """How many bytes each element of a dense parameter takes once it is compressed, without its scales."""
@@ -76,6 +83,7 @@ class CompressionOnLoad:
         transformers then puts these where its device map says, the disk included. ``missing`` holds the names that
         it still waits for.
         """
+        self._missing = missing
         if name.rpartition(".")[0] in self._stacks:
             return self._expert_tensors(name, tensor, missing)
         tensors: dict[str, torch.Tensor] = {}
@@ -93,14 +101,15 @@ class CompressionOnLoad:
             if wrong:
                 tensors[f"{place}.weight"] = tensor
                 continue
-            twin = twins.get(treatment(assignment))
             compressed = compress_module(module, assignment, {}, place)
-            if twin is None:
-                tensors |= {f"{place}.{suffix}": value for suffix, value in _emptied(compressed)}
-                twins[treatment(assignment)] = compressed
-            else:
+            emptied = {f"{place}.{suffix}": value for suffix, value in _emptied(compressed)}
+            twin = twins.setdefault(treatment(assignment), compressed)
+            if twin is not compressed:
                 self._twins.append((compressed, twin))
-                missing |= {f"{place}.{suffix}" for suffix in compressed._parameters if suffix != "bias"}
+            if twin is compressed or self._is_on_disk(place):  # where each name has tensors of its own
+                tensors |= emptied
+            else:
+                missing |= emptied.keys()
             self._put(module, compressed)
         for compressed, twin in self._twins:
             compressed.share_weight(twin)  # again and again, for transformers puts new parameters into the twin
@@ -113,10 +122,9 @@ class CompressionOnLoad:
             raise QuantizationError("weights that cannot be compressed:", self._problems)
         absent = [Problem(f"{name}.weight", _ABSENT) for name in self._left]
         absent += [Problem(name, _ABSENT) for name in self._stacks]
-        for module in self._taken:
-            bias = module._parameters.get("bias")
-            if bias is not None and not getattr(bias, "_is_hf_initialized", False):
-                name = next(name for name, found in self.model.named_modules() if found is module)
+        for name, module in self.model.named_modules():
+            bias = module._parameters.get("bias") if isinstance(module, CompressedModule) else None
+            if f"{name}.bias" in self._missing and not getattr(bias, "_is_hf_initialized", bias is None):
                 absent.append(Problem(f"{name}.bias", "is missing from the checkpoint"))
         if absent:
             raise CheckpointError(f"{self.model.config.name_or_path} does not fit the model:", absent)
@@ -147,6 +155,10 @@ class CompressionOnLoad:
         self._put(module, compressed)
         return tensors
 
+    def _is_on_disk(self, name: str) -> bool:
+        around = [place for place in self._device_map if not place or f"{name}.".startswith(f"{place}.")]
+        return bool(around) and self._device_map[max(around, key=len)] == "disk"
+
     def _put(self, module: nn.Module, compressed: nn.Module) -> None:
         """``compressed`` in every place of ``module``; its tensors need no initialisation."""
         for part in compressed.modules():
@@ -154,14 +166,35 @@ class CompressionOnLoad:
             part._is_hf_initialized = not part._buffers  # type: ignore[assignment]
         for parent, child in self._places[id(module)]:
             setattr(parent, child, compressed)
-        self._taken.append(compressed)
 
 
 _ABSENT = "is missing from the checkpoint, and what is random cannot be compressed; list it in ignore"
 
 
+class _CompressWeights(ConversionByName):
+    """Compresses weights that transformers takes as they are stored, and would only give another name.
+
+    It is a conversion because what comes out of one is written anew where it belongs on disk: transformers would leave
+    it where it is in the dense checkpoint if it goes by the same name, as codes that are called ``weight``.
+    """
+
+    def __init__(self, compression: CompressionOnLoad) -> None:
+        super().__init__()
+        self.compression = compression
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        for own in own_names(source_key, self.compression.model.base_model_prefix, {}):
+            if self.compression.takes_weight(own):
+                return own, self.pattern
+        return source_key, None
+
+    def convert(self, layer_name: str, *args: Any, loading_info: Any = None, **kwargs: Any) -> dict[str, torch.Tensor]:
+        ((tensor,),) = self.materialize_tensors().values()
+        return self.compression.arrived(layer_name, tensor, loading_info.missing_keys)
+
+
 class _Compress(ConversionOps):
-    """What transformers applies to each dense tensor that :meth:`CompressionOnLoad.takes`."""
+    """What transformers applies to what it has made of dense tensors, if :meth:`CompressionOnLoad.takes` that."""
 
     def __init__(self, compression: CompressionOnLoad) -> None:
         self.compression = compression

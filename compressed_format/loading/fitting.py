@@ -14,9 +14,9 @@ from compressed_format.formats import PackQuantized, TensorSpec
 from compressed_format.formats.base import StoredTensor
 from compressed_format.formats.module import module_tensor_specs
 
-__all__ = ["ZERO_POINT_SUFFIXES", "Fit", "dtype_misfit", "fit_module", "meta_tensor"]
+__all__ = ["Fit", "dtype_misfit", "fit_module", "meta_tensor"]
 
-ZERO_POINT_SUFFIXES = frozenset({"weight_zero_point", "input_zero_point", "output_zero_point"})
+_ZERO_POINT_SUFFIXES = frozenset({"weight_zero_point", "input_zero_point", "output_zero_point"})
 
 
 class Fit(NamedTuple):
@@ -50,7 +50,7 @@ def fit_module(
         message = f"is stored dense, but {assignment.reason}; list {name} in ignore"
         problems = [Problem(f"{name}.weight", message)]
     # Old releases stored the zero points of symmetric schemes too; they mean nothing, for they are all zero.
-    return Fit(tensors, frozenset(stored.keys() & ZERO_POINT_SUFFIXES - specs.keys()), problems)
+    return Fit(tensors, frozenset(stored.keys() & _ZERO_POINT_SUFFIXES - specs.keys()), problems)
 
 
 def meta_tensor(tensor: StoredTensor) -> torch.Tensor:

@@ -28,7 +28,6 @@ __all__ = [
     "CompressedModule",
     "SplitWeight",
     "compressed_modules",
-    "describe_scheme",
     "is_of_weight",
     "is_split",
 ]
@@ -267,7 +266,7 @@ class CompressedModule(nn.Module):
         super().__setstate__({**state, "_parameters": parameters})  # type: ignore[no-untyped-call]
 
     def _describe(self) -> str:
-        parts = [] if self.scheme is None else [describe_scheme(self.scheme)]
+        parts = [] if self.scheme is None else [_describe_scheme(self.scheme)]
         parts += [self.format.value] if self.sparsity is None else [self.format.value, self.sparsity.value]
         size = sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
         return ", ".join(part for part in (*parts, f"{size:,} bytes") if part)
@@ -306,7 +305,7 @@ def is_of_weight(suffix: str) -> bool:
     return suffix != "bias" and not suffix.startswith(("input_", "output_"))
 
 
-def describe_scheme(scheme: QuantizationScheme) -> str:
+def _describe_scheme(scheme: QuantizationScheme) -> str:
     """A scheme in a few words: ``int4 group 128 symmetric, input float8 token dynamic``."""
     parts = []
     for label, args in (

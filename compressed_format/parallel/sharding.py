@@ -25,7 +25,6 @@ __all__ = ["ShardPlan", "plan_sharding"]
 
 # Parallel sizes that an error tries, to say which of them work.
 _LARGEST_SIZE_TRIED = 256
-_REPLICATED = frozenset({"weight_shape", "shape"})
 
 
 @dataclass(frozen=True)

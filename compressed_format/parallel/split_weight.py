@@ -13,18 +13,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from compressed_format import ops
-from compressed_format.activations import WHOLE_TENSOR, WHOLE_TOKEN
-from compressed_format.dtypes import DTYPES
+from compressed_format.activations import WHOLE_TENSOR, WHOLE_TOKEN, activation_scale
 from compressed_format.errors import FormatError, Problem, UnsupportedFormatError
 from compressed_format.formats import SPARSITY_FORMATS, PackLayout, pack_layout
 from compressed_format.formats.base import check_scales, decode_g_idx
 from compressed_format.modules.base import CompressedModule
 from compressed_format.parallel.sharding import ShardPlan, plan_sharding
-from compressed_format.scales import scale_of_range
 
 __all__ = ["Sharding", "plan_of", "shard_module", "shard_tensor"]
 
-_FLOAT8_LARGEST = DTYPES["float8_e4m3fn"].largest
 _ONE_PROCESS = "load the checkpoint in one process, which re-encodes it, and save it again"
 
 
@@ -182,11 +179,7 @@ class Sharding:
             minimum, maximum = (bound.reshape(1) for bound in torch.aminmax(values))
         both = DTensor.from_local(torch.stack((-minimum, maximum)), self.mesh, [Partial("max")], run_check=False)
         negated, maximum = both.redistribute(placements=[Replicate()]).to_local()
-        lowest, highest = (
-            (-_FLOAT8_LARGEST, _FLOAT8_LARGEST) if is_float else (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
-        )
-        stored = torch.float8_e4m3fn if is_float else torch.int8
-        return scale_of_range(-negated, maximum, lowest, highest, None if symmetric else stored)
+        return activation_scale(-negated, maximum, bits, is_float, symmetric)
 
 
 def plan_of(module: CompressedModule, dim: int, parts: int, place: str = "") -> ShardPlan:
