@@ -517,6 +517,8 @@ def test_routers_by_name_alone() -> None:
     names = {"mlp.gate": "Linear", "mlp.gate_proj": "Linear", "mlp.experts.0.up_proj": "Linear"}
     assert set(resolve_targets(names, config("int8 channel")).assignments) == {"mlp.gate_proj", "mlp.experts.0.up_proj"}
     assert set(resolve_targets(names, config("int8 channel", "mlp.gate")).assignments) == {"mlp.gate"}
+    inside = {"mlp.router.layer": "Linear", "mlp.router.layer.norm": "Linear", "mlp.norm": "Linear"}
+    assert set(resolve_targets(inside, config("int8 channel")).assignments) == {"mlp.router.layer.norm", "mlp.norm"}
     # Those of a checkpoint that somebody else has compressed are what they are.
     assert set(resolve_targets(names, config("int8 channel"), quantized=names).assignments) == set(names)
 
