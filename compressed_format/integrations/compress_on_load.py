@@ -29,8 +29,9 @@ class CompressionOnLoad:
     """Compresses what ``config`` targets in ``model``, which is on the meta device, weight by weight as they arrive.
 
     The result is that of :func:`~compressed_format.compress` on the loaded model. ``stored`` holds the names of the
-    checkpoint's tensors, as the model has them, and ``device_map`` is that of ``from_pretrained``. Raises what ``compress`` does, but for what only values tell, which
-    :meth:`finish` raises. Static activation scales need data, and are a :class:`CalibrationError`.
+    checkpoint's tensors, as the model has them, and ``device_map`` is that of ``from_pretrained``. Raises what
+    ``compress`` does, but for what only values tell, which :meth:`finish` raises. Static activation scales need data,
+    and are a :class:`CalibrationError`.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class CompressionOnLoad:
             if twin is compressed or self._is_on_disk(place):  # where each name has tensors of its own
                 tensors |= emptied
             else:
-                missing |= emptied.keys()
+                missing.update(emptied)
             self._put(module, compressed)
         for compressed, twin in self._twins:
             compressed.share_weight(twin)  # again and again, for transformers puts new parameters into the twin

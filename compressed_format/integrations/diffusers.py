@@ -25,8 +25,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from compressed_format.config.json_text import parse_json, read_bytes
 from compressed_format.errors import CheckpointError, Problem
+from compressed_format.integrations.model_dtype import computing_dtype
 from compressed_format.model_origin import diffusers_class_name
-from compressed_format.modules.base import CompressedModule
 from compressed_format.save import saved_config
 
 __all__ = ["attach", "build", "config_content", "detach", "kept_in_float32", "source_folder"]
@@ -103,30 +103,16 @@ def kept_in_float32(model: Any) -> frozenset[str]:
 class _DtypeRegistry(HookRegistry):
     """The hooks of a model, which also say in which dtype it computes.
 
-    diffusers takes the dtype of the first float among the parameters for the model's. With packed weights, that may be
-    float8 codes, or scales. Before it looks there, it asks for a hook that casts layers, and for its dtype.
+    Before diffusers looks for the first float among the parameters, it asks for a hook that casts layers, and for its
+    dtype.
     """
 
     def get_hook(self, name: str) -> Any:
         hook = super().get_hook(name)
         if hook is not None or name != "layerwise_casting":
             return hook
-        dtype = _computing_dtype(self._module_ref)
+        dtype = computing_dtype(self._module_ref, kept_in_float32(self._module_ref))
         return None if dtype is None else SimpleNamespace(compute_dtype=dtype)
-
-
-def _computing_dtype(model: nn.Module) -> torch.dtype | None:
-    """The dtype of the first parameter, a compressed module's being that of its weight."""
-    spared = kept_in_float32(model)
-    for name, module in model.named_modules():
-        if isinstance(module, CompressedModule):
-            dtype: torch.dtype = module.dtype
-            return dtype
-        for suffix, parameter in module.named_parameters(recurse=False):
-            if parameter.is_floating_point() and not any(part in f"{name}.{suffix}" for part in spared):
-                own: torch.dtype = parameter.dtype
-                return own
-    return None
 
 
 def _exported_model(name: str | None) -> Any:

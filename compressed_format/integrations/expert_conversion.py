@@ -23,6 +23,7 @@ from compressed_format.modules.offloading import onloaded
 
 __all__ = ["ConversionByName", "StackExperts", "remember_conversions"]
 
+
 class _Nothing(ConversionOps):
     """A conversion must have an operation; those here work on names, which an operation is not told."""
 

@@ -87,7 +87,8 @@ class CompressedFormatQuantizer(HfQuantizer):
             _share(model, compressed=False)
             # As in compress(), the author may have spoken of either naming.
             config = rename_modules(self.config, module_names(names), keep=False)
-            self.compression = CompressionOnLoad(model, config, stored=set(names.values()))
+            placed = kwargs.get("device_map")
+            self.compression = CompressionOnLoad(model, config, stored=set(names.values()), device_map=placed)
             self.config = rename_modules(self.config, module_names(names), keep=True)
             return
         named = {names[name]: tensor for name, tensor in stored.items()}
@@ -151,6 +152,8 @@ class CompressedFormatQuantizer(HfQuantizer):
             attach_quantizer(model, self.config, quantizer=self, written=written)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        if self.compression is not None:
+            return [self.compression.conversion, *weight_conversions]
         if self.skeleton is None or not self.skeleton.recipes:
             return weight_conversions
         # Before those of dense experts, whose names are the same where packed ones go by "weight".

@@ -136,6 +136,62 @@ def test_layers_that_are_offloaded_to_disk(folder: Path, tmp_path: Path) -> None
     assert_same_bits(logits(loaded), logits(compress(load(folder), W4A16)))
 
 
+DISK = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules:UserWarning")
+@pytest.mark.parametrize("name", ["W8A8", "FP8_DYNAMIC", "FP8_BLOCK", "mixed"])
+def test_codes_on_disk_are_not_the_dense_weights_of_the_same_name(name: str, folder: Path, tmp_path: Path) -> None:
+    """transformers leaves what it offloads where it is stored, but for what it knows to have been converted."""
+    config = LLAMA_CONFIGS[name]
+    loaded = load(folder, config, device_map={**DISK, "lm_head": "cpu"}, offload_folder=tmp_path / "offload")
+    assert loaded.model.layers[1].self_attn.q_proj._parameters["weight"].is_meta
+    expected = compress(load(folder), config)
+    assert_same_bits(logits(loaded), logits(expected))
+    loaded.save_pretrained(tmp_path / "y")
+    assert_same_tensors(load_compressed(tmp_path / "y").state_dict(), expected.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules:UserWarning")
+@pytest.mark.parametrize("name", ["W4A16 group", "FP8_DYNAMIC"])
+def test_biases_on_disk(name: str, tmp_path: Path) -> None:
+    model = tiny_llama(attention_bias=True)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.q_proj.bias)
+    folder = dense_folder(tmp_path, model)
+    config = LLAMA_CONFIGS[name]
+    loaded = load(folder, config, device_map={**DISK, "lm_head": "cpu"}, offload_folder=tmp_path / "offload")
+    assert loaded.model.layers[0].self_attn.q_proj.bias.is_meta
+    expected = compress(load(folder), config)
+    assert_same_bits(logits(loaded), logits(expected))
+    loaded.save_pretrained(tmp_path / "y")
+    assert_same_tensors(load_compressed(tmp_path / "y").state_dict(), expected.state_dict())
+
+
+def test_a_missing_bias_on_disk(tmp_path: Path) -> None:
+    folder = tmp_path / "dense"
+    tiny_llama(attention_bias=True).save_pretrained(folder)
+    edit_tensors(folder, drop=("model.layers.1.self_attn.q_proj.bias",))
+    with pytest.raises(CheckpointError) as caught:
+        load(folder, W4A16, device_map={**DISK, "lm_head": "cpu"}, offload_folder=tmp_path / "offload")
+    assert [problem.place for problem in caught.value.problems] == ["model.layers.1.self_attn.q_proj.bias"]
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules:UserWarning")
+@pytest.mark.parametrize("places", ["all", "disk", "cpu"])
+@pytest.mark.parametrize("type", ["int", "float"])
+def test_a_tied_head_on_disk(type: str, places: str, tmp_path: Path) -> None:
+    folder = dense_folder(tmp_path, tiny_llama(tie_word_embeddings=True))
+    config = QuantizationConfig.from_dict(weights(8, "Linear", "Embedding", type=type))
+    expected = compress(load(folder), config)
+    device_map = {**DISK, "lm_head": places, "model.embed_tokens": places} if places != "all" else {"": "disk"}
+    loaded = load(folder, config, device_map=device_map, offload_folder=tmp_path / "offload")
+    assert loaded.lm_head._parameters["weight_scale"].is_meta is (places != "cpu")
+    assert_same_bits(logits(loaded), logits(expected))
+    loaded.save_pretrained(tmp_path / "y")
+    assert_same_tensors(load_compressed(tmp_path / "y").state_dict(), expected.state_dict())
+
+
 def test_biases(tmp_path: Path) -> None:
     model = tiny_llama(attention_bias=True)
     for name, parameter in model.named_parameters():

@@ -134,6 +134,23 @@ def test_tied_embeddings(both: bool, tmp_path: Path) -> None:
     assert_same_bits(logits(loaded), logits(model))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["int", "float"])
+def test_the_dtype_is_the_one_that_the_model_computes_in(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Where the embedding is compressed, the first float of the model is codes or scales."""
+    config = weights(8, "Linear", "Embedding", type=name)
+    save_compressed(compress(tiny_llama(tie_word_embeddings=True), config), tmp_path / "x")
+    with enable_transformers():
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "x", dtype=dtype)
+        assert model.dtype == model.model.dtype == dtype
+        model.save_pretrained(tmp_path / "y")
+        assert read_config(tmp_path / "y")["dtype"] == str(dtype).removeprefix("torch.")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "y")
+    assert_same_tensors(again.state_dict(), model.state_dict())
+    assert_same_bits(logits(again), logits(model))
+    assert again.dequantize().dtype == dtype
+
+
 def test_a_head_that_is_compressed_on_its_own_is_saved_untied(tmp_path: Path) -> None:
     with pytest.warns(CompressedFormatWarning, match="they are no longer tied"):
         model = compress(tiny_llama(tie_word_embeddings=True), weights(8))
