@@ -48,8 +48,9 @@ def compress(
 
     ``config`` is a :class:`QuantizationConfig`, a mapping, the path of a JSON file or the name of a preset.
     ``calibration`` yields model inputs (mappings, tuples or single values) for static activation scales; nothing else
-    needs it. ``progress`` is called with the number of modules done and their total. Where transformers gives modules
-    other names in memory than in its checkpoints, ``config`` may speak of either.
+    needs it. Every token then goes through every expert, so that those which none is routed to have scales too.
+    ``progress`` is called with the number of modules done and their total. Where transformers gives modules other names
+    in memory than in its checkpoints, ``config`` may speak of either.
 
     Everything that can go wrong is looked for before the first module is touched, and one error lists it all: group
     sizes that do not divide, number formats that cannot be quantized, modules without data, NaN. One module is

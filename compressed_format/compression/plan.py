@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from compressed_format.compression.experts import Assignments, dense_stacks, expert_linears, projection_assignments
-from compressed_format.compression.left_dense import left_dense
+from compressed_format.compression.left_dense import left_dense, spared_routers
 from compressed_format.compression.unserved import transposed_layers
 from compressed_format.config import QuantizationConfig, TargetResolution, resolve_targets
 from compressed_format.config.experts import ExpertStack
@@ -55,7 +55,8 @@ def plan_compression(model: nn.Module, config: QuantizationConfig) -> Plan:
     """
     resolution = resolve_targets(model, config)
     ignored = resolution.ignored
-    found = [*transposed_layers(model, ignored), *left_dense(model, ignored), *resolution.warnings]
+    told = (*transposed_layers(model, ignored), *left_dense(model, ignored), *spared_routers(model, resolution))
+    found = [*told, *resolution.warnings]
     if not resolution.assignments:
         raise TargetError("the config reaches no module of this model, so nothing would be compressed:", found)
     for problem in found:

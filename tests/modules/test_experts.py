@@ -29,6 +29,7 @@ from compressed_format.config import expand_ignore
 from compressed_format.config.experts import expert_stack
 from compressed_format.errors import (
     CalibrationError,
+    CompressedFormatWarning,
     FormatError,
     QuantizationError,
     TargetError,
@@ -511,6 +512,15 @@ def test_a_router_is_compressed_where_it_is_named_exactly(router: str, tmp_path:
     save_compressed(model, tmp_path / "x")
     again = load_compressed(tmp_path / "x", model=seeded(Layers, seed=3))
     assert torch.equal(again(calibration()[0]), model(calibration()[0]))
+
+
+def test_a_large_router_may_be_none_and_is_told() -> None:
+    model = nn.Sequential(nn.ModuleDict({"gate": nn.Linear(32, 64), "up": nn.Linear(32, 64)}))
+    with pytest.warns(CompressedFormatWarning, match=r"^0\.gate: 1 Linear modules are taken for routers .* 50% of"):
+        compress(model, config("int8 channel"))
+    assert type(model[0]["gate"]) is nn.Linear
+    assert isinstance(model[0]["up"], CompressedLinear)
+    compress(decompress(model), config("int8 channel", ignore=("0.gate",)))
 
 
 def test_routers_by_name_alone() -> None:
