@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.modeling_utils import load_state_dict
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
@@ -74,14 +75,17 @@ class CompressedFormatQuantizer(HfQuantizer):
     ) -> None:
         stored: dict[str, StoredTensor] = {}
         readers: dict[str, Callable[[], torch.Tensor]] = {}
+        pickled: list[str] = []
         for file in checkpoint_files or []:
             if not self.pre_quantized and not str(file).endswith(".safetensors"):
+                # A dense checkpoint of another kind, which transformers loads; it has both of two tied weights.
+                pickled += load_state_dict(file, map_location="meta")
                 continue
             checkpoint = read_checkpoint(file)
             for name in checkpoint:
                 stored[name] = checkpoint.spec(name)
                 readers[name] = lambda name=name, of=checkpoint: of[name]  # type: ignore[misc]
-        names = self.names = model_names(model, stored)
+        names = self.names = model_names(model, (*stored, *pickled))
         self.stored_names = module_names({renamed: name for name, renamed in names.items()})
         if not self.pre_quantized:
             _share(model, compressed=False)

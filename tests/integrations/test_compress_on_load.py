@@ -281,6 +281,19 @@ def test_a_tied_head_that_is_stored_as_well(tmp_path: Path) -> None:
     assert_same_bits(logits(loaded), logits(expected))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_pickled_checkpoint(tied: bool, tmp_path: Path) -> None:
+    """It has both of two tied weights."""
+    model = tiny_llama(tie_word_embeddings=tied)
+    expected_tensors = compress(tiny_llama(tie_word_embeddings=tied), weights(8, "Linear", "Embedding")).state_dict()
+    folder = dense_folder(tmp_path, model)
+    for file in (*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"):
+        file.unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    loaded = load(folder, QuantizationConfig.from_dict(weights(8, "Linear", "Embedding")))
+    assert_same_tensors(loaded.state_dict(), expected_tensors)
+
+
 # Mixtures of experts -------------------------------------------------------------------------------------------------
 
 
