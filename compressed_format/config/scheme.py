@@ -17,7 +17,7 @@ from compressed_format.config.patterns import Target
 from compressed_format.config.report import INVALID, Report, child, show
 from compressed_format.config.words import CompressionFormat, QuantizationStrategy
 
-__all__ = ["QuantizationScheme", "check_activations", "format_kind"]
+__all__ = ["QuantizationScheme", "check_activations", "describe_scheme", "format_kind"]
 
 _ACTIVATIONS = tuple(QuantizationStrategy(name) for name in ("token", "tensor", "group", "tensor_group", "attn_head"))
 
@@ -140,3 +140,26 @@ class QuantizationScheme(Model):
             "output_activations": written(self.output_activations),
             "format": None if self.format is None else self.format.value,
         }
+
+
+def describe_scheme(scheme: QuantizationScheme) -> str:
+    """A scheme in a few words: ``int4 group 128 symmetric, input float8 token dynamic``."""
+    parts = []
+    for label, args in (
+        ("", scheme.weights),
+        ("input ", scheme.input_activations),
+        ("output ", scheme.output_activations),
+    ):
+        if args is not None:
+            parts.append(label + _describe_args(args))
+    return ", ".join(parts)
+
+
+def _describe_args(args: QuantizationArgs) -> str:
+    size = ""
+    if args.block_structure is not None:
+        size = f" {args.block_structure[0]}x{args.block_structure[1]}"
+    elif args.group_size is not None and args.group_size > 0:
+        size = f" {args.group_size}"
+    kind = "dynamic" if args.dynamic else ("symmetric" if args.symmetric else "asymmetric")
+    return f"{args.type.value}{args.num_bits} {args.strategy.value}{size} {kind}"

@@ -9,8 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, Protocol
-from weakref import WeakValueDictionary
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -18,8 +17,10 @@ from torch import nn
 from compressed_format import ops
 from compressed_format.activations import activation_group_size
 from compressed_format.config import CompressionFormat, QuantizationArgs, QuantizationScheme, QuantizationType
+from compressed_format.config.scheme import describe_scheme
 from compressed_format.errors import Problem, UnsupportedFormatError
 from compressed_format.formats import SPARSITY_FORMATS, format_named
+from compressed_format.modules.float8_pickling import Envelope
 from compressed_format.modules.lazy_weight import LazyWeight
 from compressed_format.modules.offloading import means_parameter
 from compressed_format.quantization import QuantizedWeight, block_shape
@@ -251,7 +252,7 @@ class CompressedModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         parameters = {
-            name: value if value is None or value.dtype != torch.float8_e4m3fn else _Envelope.of(value)
+            name: value if value is None or value.dtype != torch.float8_e4m3fn else Envelope.of(value)
             for name, value in self._parameters.items()
         }
         state = super().__getstate__()  # type: ignore[no-untyped-call]
@@ -260,39 +261,16 @@ class CompressedModule(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A shallow copy does not open what it copies.
         parameters = {
-            name: value.parameter if isinstance(value, _Envelope) else value
+            name: value.parameter if isinstance(value, Envelope) else value
             for name, value in state["_parameters"].items()
         }
         super().__setstate__({**state, "_parameters": parameters})  # type: ignore[no-untyped-call]
 
     def _describe(self) -> str:
-        parts = [] if self.scheme is None else [_describe_scheme(self.scheme)]
+        parts = [] if self.scheme is None else [describe_scheme(self.scheme)]
         parts += [self.format.value] if self.sparsity is None else [self.format.value, self.sparsity.value]
         size = sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
         return ", ".join(part for part in (*parts, f"{size:,} bytes") if part)
-
-
-class _Envelope:
-    """A float8 parameter as pickle can carry it: torch pickles float8 tensors, and fails to read them back.
-
-    There is one for each parameter at a time, so that parameters which modules share stay shared.
-    """
-
-    _open: ClassVar[WeakValueDictionary[int, _Envelope]] = WeakValueDictionary()
-
-    def __init__(self, parameter: nn.Parameter) -> None:
-        self.parameter = parameter
-
-    @classmethod
-    def of(cls, parameter: nn.Parameter) -> _Envelope:
-        return cls._open.setdefault(id(parameter), cls(parameter))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _float8_parameter, (self.parameter.detach().view(torch.uint8),)
-
-
-def _float8_parameter(values: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(values.view(torch.float8_e4m3fn), requires_grad=False)
 
 
 def compressed_modules(model: nn.Module) -> dict[str, CompressedModule]:
@@ -303,29 +281,6 @@ def compressed_modules(model: nn.Module) -> dict[str, CompressedModule]:
 def is_of_weight(suffix: str) -> bool:
     """Whether a module's tensor is part of its weight, which may be tied to another's; bias and scales are its own."""
     return suffix != "bias" and not suffix.startswith(("input_", "output_"))
-
-
-def _describe_scheme(scheme: QuantizationScheme) -> str:
-    """A scheme in a few words: ``int4 group 128 symmetric, input float8 token dynamic``."""
-    parts = []
-    for label, args in (
-        ("", scheme.weights),
-        ("input ", scheme.input_activations),
-        ("output ", scheme.output_activations),
-    ):
-        if args is not None:
-            parts.append(label + _describe_args(args))
-    return ", ".join(parts)
-
-
-def _describe_args(args: QuantizationArgs) -> str:
-    size = ""
-    if args.block_structure is not None:
-        size = f" {args.block_structure[0]}x{args.block_structure[1]}"
-    elif args.group_size is not None and args.group_size > 0:
-        size = f" {args.group_size}"
-    kind = "dynamic" if args.dynamic else ("symmetric" if args.symmetric else "asymmetric")
-    return f"{args.type.value}{args.num_bits} {args.strategy.value}{size} {kind}"
 
 
 def _name_of_codes(tensors: Collection[str]) -> str:
