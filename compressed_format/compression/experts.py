@@ -21,6 +21,7 @@ from compressed_format.modules.experts import (
     CompressedExpertLinear,
     CompressedExperts,
     compressed_experts_class,
+    fuse_gate_and_up,
     original_class,
     stack_tensors,
 )
@@ -28,6 +29,7 @@ from compressed_format.modules.offloading import hand_over, is_offloaded, origin
 
 __all__ = [
     "compress_experts",
+    "compressed_projection",
     "compressed_stack",
     "dense_stacks",
     "expert_linears",
@@ -122,17 +124,18 @@ def compress_experts(
                 if tensor is not None:
                     tensors[suffix].append(tensor.data)
         stacked = {suffix: stack_tensors(suffix, found) for suffix, found in tensors.items()}
-        projections[projection] = _projection(module, projection, stack, stacked, assignment)
+        projections[projection] = compressed_projection(module, projection, stack, stacked, assignment)
     return compressed_stack(module, stack, projections)
 
 
-def _projection(
+def compressed_projection(
     module: nn.Module,
     projection: str,
     stack: ExpertStack,
     tensors: Mapping[str, torch.Tensor],
     assignment: Assignment | None,
 ) -> CompressedExpertLinear:
+    """One projection of the stack ``module``, out of stacked ``tensors``; without an ``assignment``, uncompressed."""
     weight = _view(module, projection, 0)
     return CompressedExpertLinear(
         tensors,
@@ -177,11 +180,8 @@ def stacked_weight(module: Any, projections: Sequence[torch.Tensor]) -> torch.Te
     """The parameter of the stack ``module`` that holds weights ``[E, O, I]``, of one projection or of gate and up."""
     weight = projections[0]
     if len(projections) > 1:
-        weight = (
-            torch.cat(list(projections), 1)
-            if module.is_concatenated
-            else torch.stack(list(projections), 2).flatten(1, 2)
-        )
+        gate, up = projections
+        weight = fuse_gate_and_up(module, gate, up, dim=-2)
     return weight.mT.contiguous() if module.is_transposed else weight
 
 
@@ -201,8 +201,7 @@ def observable_experts(
                 place = f"{name}.{expert}."
                 up = linears[f"{place}up_proj"](hidden_states)
                 if module.has_gate:
-                    both = (linears[f"{place}gate_proj"](hidden_states), up)
-                    fused = torch.cat(both, -1) if module.is_concatenated else torch.stack(both, -1).flatten(-2)
+                    fused = fuse_gate_and_up(module, linears[f"{place}gate_proj"](hidden_states), up)
                     bias = module.gate_up_proj_bias[expert] if module.has_bias else 0
                     hidden = module._apply_gate(fused + bias)
                 else:

@@ -9,8 +9,14 @@ from functools import partial
 import torch
 from torch import nn
 
-from compressed_format.compression.experts import Assignments, compressed_stack, projection_shape, stacked_weight
-from compressed_format.config import Assignment, CompressionFormat
+from compressed_format.compression.experts import (
+    Assignments,
+    compressed_projection,
+    compressed_stack,
+    projection_shape,
+    stacked_weight,
+)
+from compressed_format.config import Assignment
 from compressed_format.config.experts import ExpertStack
 from compressed_format.dtypes import torch_dtype
 from compressed_format.errors import Problem
@@ -68,14 +74,7 @@ def stack_experts(
                 tuple(f"{name}.{expert}.{projection}.{suffix}" for expert in range(stack.num_experts)),
                 partial(stack_tensors, suffix),
             )
-        projections[projection] = CompressedExpertLinear(
-            tensors,
-            (stack.num_experts, *shape),
-            None if assignment is None else assignment.scheme,
-            CompressionFormat.DENSE if assignment is None else assignment.format,
-            sparsity=None if assignment is None else assignment.sparsity,
-            dtype=module._parameters["down_proj"].dtype,  # type: ignore[union-attr]  # stacks have one
-        )
+        projections[projection] = compressed_projection(module, projection, stack, tensors, assignment)
     if problems:
         return _refused(name, module, stored, problems)
     return StackedExperts(compressed_stack(module, stack, projections), recipes, needless, frozenset(), [])

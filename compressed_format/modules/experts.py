@@ -26,6 +26,7 @@ __all__ = [
     "CompressedExpertLinear",
     "CompressedExperts",
     "compressed_experts_class",
+    "fuse_gate_and_up",
     "original_class",
     "stack_tensors",
     "stored_modules",
@@ -176,7 +177,7 @@ class CompressedExperts(nn.Module):
         up = self.up_proj(hidden_states, top_k_index)
         if self.has_gate:
             gate = self.gate_proj(hidden_states, top_k_index)
-            fused = torch.cat((gate, up), -1) if self.is_concatenated else torch.stack((gate, up), -1).flatten(-2)
+            fused = fuse_gate_and_up(self, gate, up)
             hidden = self._apply_gate(fused if bias is None else fused + self.gate_up_proj_bias[bias])
         else:
             hidden = self.act_fn(up if bias is None else up + self.up_proj_bias[bias])
@@ -201,6 +202,13 @@ class CompressedExperts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_experts={self.expert_stack.num_experts}"
+
+
+def fuse_gate_and_up(experts: Any, gate: torch.Tensor, up: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """Both in one tensor, along ``dim`` from the end, as the class of ``experts`` has them: in a row, or in turn."""
+    if experts.is_concatenated:
+        return torch.cat((gate, up), dim)
+    return torch.stack((gate, up), dim).flatten(dim - 1, dim)
 
 
 @cache
