@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import MutableMapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.import_utils import is_compressed_tensors_available
@@ -21,38 +22,55 @@ __all__ = ["disable", "enable"]
 _NAME = "compressed-tensors"
 # What was found in the two tables under that name, while this library's stands there.
 _found: dict[str, Any] = {}
+_switching = threading.RLock()
 
 
 def enable() -> AbstractContextManager[None]:
     """See :func:`compressed_format.enable_transformers`."""
-    switched_on = not _found
-    if switched_on:
-        _found.update({table: entries.get(_NAME) for table, entries in _tables().items()})
-        tables = _tables()
-        tables["quantizer"][_NAME] = _quantizer
-        tables["config"][_NAME] = CompressedTensorsConfig
-    return _Enabled(switched_on)
+    with _switching:
+        switched_on = not _found
+        if switched_on:
+            _found.update({table: entries.get(_NAME) for table, entries in _tables().items()})
+            tables = _tables()
+            tables["quantizer"][_NAME] = _quantizer
+            tables["config"][_NAME] = CompressedTensorsConfig
+        return _Enabled(switched_on)
 
 
 def disable() -> None:
     """See :func:`compressed_format.disable_transformers`."""
-    for table, entries in _tables().items():
-        if not _found or entries.get(_NAME) not in (_quantizer, CompressedTensorsConfig):
-            continue  # nothing was changed, or somebody else has changed it since
-        if _found[table] is None:
-            del entries[_NAME]
-        else:
-            entries[_NAME] = _found[table]
-    _found.clear()
+    with _switching:
+        for table, entries in _tables().items():
+            if not _found or entries.get(_NAME) not in (_quantizer, CompressedTensorsConfig):
+                continue  # nothing was changed, or somebody else has changed it since
+            if _found[table] is None:
+                del entries[_NAME]
+            else:
+                entries[_NAME] = _found[table]
+        _found.clear()
 
 
 class _Enabled(AbstractContextManager[None]):
+    """A block in which transformers is taken over; of several at a time, as in threads, the last to end undoes it."""
+
+    _entered: ClassVar[list[_Enabled]] = []
+
     def __init__(self, switched_on: bool) -> None:
         self._switched_on = switched_on
 
+    def __enter__(self) -> None:
+        with _switching:
+            self._entered.append(self)
+
     def __exit__(self, *exception: object) -> None:
-        if self._switched_on:
-            disable()
+        with _switching:
+            self._entered.remove(self)
+            if not self._switched_on:
+                return
+            if self._entered:
+                self._entered[0]._switched_on = True
+            else:
+                disable()
 
 
 def _tables() -> dict[str, MutableMapping[str, Any]]:

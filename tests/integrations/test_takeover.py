@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -642,6 +643,19 @@ def test_as_a_context() -> None:
         with pytest.raises(ZeroDivisionError), enable_transformers():
             raise ZeroDivisionError
         assert entries() == inside
+    assert entries() == before
+
+
+def test_blocks_that_overlap() -> None:
+    """As those of two threads, of which neither takes the switch away from the other."""
+    before = entries()
+    first, second = ExitStack(), ExitStack()
+    first.enter_context(enable_transformers())
+    inside = entries()
+    second.enter_context(enable_transformers())
+    first.close()
+    assert entries() == inside
+    second.close()
     assert entries() == before
 
 
