@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,8 @@ class CompressedFormatQuantizer(HfQuantizer):
         named = {names[name]: tensor for name, tensor in stored.items()}
         config = rename_modules(self.config, module_names(names), keep=False)
         if self.reports_itself:
-            heads = _new_heads(model, named)
-            config = config.model_copy(update={"ignore": tuple(dict.fromkeys((*config.ignore, *heads)))})
+            new = _new_layers(model, named)
+            config = config.model_copy(update={"ignore": tuple(dict.fromkeys((*config.ignore, *new)))})
         state = model.state_dict()
         self.skeleton = Skeleton(model, config, named, tied=model.all_tied_weights_keys)
         # transformers tells of tensors that it has no place for by its own names.
@@ -282,20 +283,31 @@ def _refuse(model: Any, problems: list[Problem]) -> None:
         raise CheckpointError(f"{path} does not fit the model {type(model).__name__}:", problems)
 
 
-def _new_heads(model: Any, stored: Iterable[str]) -> list[str]:
-    """Layers outside the base model that a checkpoint of another class cannot have: transformers initialises them."""
+def _new_layers(model: Any, stored: Iterable[str]) -> list[str]:
+    """Layers that a checkpoint of another class cannot have, since that has none: transformers initialises them."""
     classes = getattr(model.config, "architectures", None) or [type(model).__name__]
-    if type(model).__name__ in classes or not model.base_model_prefix:
+    prefix = f"{model.base_model_prefix}."
+    if type(model).__name__ in classes or len(prefix) == 1:
         return []
-    modules = {name.rpartition(".")[0] for name in stored}
-    tied = {name.rpartition(".")[0] for name in model.all_tied_weights_keys}
+    known = {name.rpartition(".")[0] for name in (*stored, *model.all_tied_weights_keys)} | _modules_of(
+        classes[0], model.config
+    )
     return [
         name
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, nn.Embedding))
-        and not f"{name}.".startswith(f"{model.base_model_prefix}.")
-        and name not in modules | tied
+        and known.isdisjoint((name, f"{prefix}{name}", name.removeprefix(prefix)))
     ]
+
+
+def _modules_of(class_name: str, config: Any) -> set[str]:
+    """The names of all modules in a model of a class of transformers; none for a class that it does not have."""
+    found = getattr(transformers, class_name, None)
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        return set()
+    with torch.device("meta"):
+        built = found(deepcopy(config))
+    return {name for name, _ in built.named_modules()}
 
 
 def _left_over(model: Any, stored: Mapping[str, StoredTensor], skeleton: Skeleton) -> Iterator[Problem]:

@@ -430,6 +430,28 @@ def test_the_model_without_its_head(tmp_path: Path) -> None:
     assert_same_tensors(base.state_dict(), model.model.state_dict())
 
 
+@pytest.mark.usefixtures("enabled")
+@pytest.mark.filterwarnings("ignore:ignore. .lm_head. matches no module")
+def test_what_a_model_without_its_head_misses_is_not_random(folder: Path) -> None:
+    place = "model.layers.0.self_attn.q_proj"
+    edit_tensors(folder, drop=tuple(name for name in read_tensors(folder) if name.startswith(place)))
+    with pytest.raises(CheckpointError) as caught:
+        transformers.AutoModel.from_pretrained(folder)
+    assert all(problem.place.startswith("layers.0.self_attn.q_proj.") for problem in caught.value.problems)
+
+
+@pytest.mark.usefixtures("enabled")
+@pytest.mark.filterwarnings("ignore:ignore. .cls.predictions.decoder. matches no module")
+def test_a_layer_that_the_saved_class_has_not(tmp_path: Path) -> None:
+    """A pooler is part of the base model, but of that of a masked language model it is not."""
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**sizes, vocab_size=VOCABULARY)).eval()
+    save_compressed(compress(model, weights(8, ignore=("cls.predictions.decoder",))), tmp_path / "x")
+    loaded = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "x")
+    assert type(loaded.bert.pooler.dense) is type(loaded.classifier) is torch.nn.Linear
+    assert_same_tensors(loaded.bert.encoder.state_dict(), model.bert.encoder.state_dict())
+
+
 # Mixtures of experts -------------------------------------------------------------------------------------------------
 
 EXPERTS = {name: CONFIGS[name] for name in ("W4A16 group", "W4 asymmetric group", "W8A8", "FP8_DYNAMIC", "FP8_BLOCK")}
