@@ -117,6 +117,9 @@ def saved_config(model: nn.Module) -> QuantizationConfig:
         if compressed and parts:
             message = f"compress() was called with {', '.join(parts)} alone: save that, or decompress() it and compress"
             raise FormatError(f"{message} the whole model, with the rest in ignore")
+        if compressed:
+            message = "the model holds compressed modules and no config, as part of one that was compressed or loaded"
+            raise FormatError(f"{message}: save that whole")
         raise FormatError("the model holds no compressed modules; call compress(model, config) first")
     resolution = resolve_targets(model, config, quantized=compressed)
     problems = []

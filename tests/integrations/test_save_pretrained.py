@@ -170,6 +170,13 @@ def test_a_model_that_is_dense_again_is_saved_dense(tmp_path: Path) -> None:
     assert len(compressed_modules(compress(model, LLAMA_CONFIGS["W8A8"]))) == 14
 
 
+def test_a_part_of_a_compressed_model_has_no_config(tmp_path: Path) -> None:
+    model = compressed_llama(LLAMA_CONFIGS["W4A16 group"])
+    with pytest.raises(FormatError, match="as part of one that was compressed or loaded: save that whole"):
+        save_compressed(model.model, tmp_path / "y")
+    assert not (tmp_path / "y").exists()
+
+
 def test_a_model_that_is_not_what_its_config_says(tmp_path: Path) -> None:
     model = compressed_llama(LLAMA_CONFIGS["W4A16 group"])
     other = compressed_llama(LLAMA_CONFIGS["W8A16"])
