@@ -50,6 +50,6 @@ def forget_config(model: nn.Module) -> None:
 
         diffusers.detach(model)
     elif is_transformers_model(model):
-        from compressed_format.integrations.transformers import restore_ties
+        from compressed_format.integrations.tied_weights import restore_ties
 
         restore_ties(model)

@@ -19,7 +19,7 @@ from compressed_format.config import Assignment, QuantizationConfig
 from compressed_format.errors import CalibrationError, CheckpointError, Problem, QuantizationError
 from compressed_format.integrations.checkpoint_names import own_names
 from compressed_format.integrations.expert_conversion import ConversionByName
-from compressed_format.integrations.transformers import retie
+from compressed_format.integrations.tied_weights import retie
 from compressed_format.modules.base import CompressedModule
 
 __all__ = ["CompressionOnLoad"]

@@ -30,8 +30,9 @@ from compressed_format.formats.base import StoredTensor
 from compressed_format.integrations.checkpoint_names import checkpoint_names, model_names, renamed_experts
 from compressed_format.integrations.compress_on_load import CompressionOnLoad
 from compressed_format.integrations.expert_conversion import StackExperts, remember_conversions
+from compressed_format.integrations.model_dtype import say_computing_dtype
 from compressed_format.integrations.quantization_config import METHOD, CompressedTensorsConfig
-from compressed_format.integrations.transformers import retie
+from compressed_format.integrations.tied_weights import retie
 from compressed_format.loading.fitting import dtype_misfit
 from compressed_format.loading.skeleton import Skeleton
 from compressed_format.modules.base import compressed_modules, is_of_weight
@@ -259,6 +260,7 @@ def attach_quantizer(
     attach_config(model, config)
     retie(model)
     remember_conversions(model)
+    say_computing_dtype(model)
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = quantizer.quantization_config.quant_method

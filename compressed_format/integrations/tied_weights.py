@@ -1,13 +1,11 @@
-"""transformers: the weights that its models tie, and the dtype that they say they have."""
+"""The table that transformers keeps of the weights that a model ties: which tensors stand for them once packed."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import transformers
 from torch import nn
 
-from compressed_format.integrations.model_dtype import computing_dtype
 from compressed_format.modules.base import CompressedModule, is_of_weight
 
 __all__ = ["restore_ties", "retie"]
@@ -78,19 +76,3 @@ def _tensor(model: nn.Module, name: str) -> object:
     place, _, suffix = name.rpartition(".")
     module = _module(model, place)
     return name if module is None else module._parameters.get(suffix, name)
-
-
-_dtype_of_first_float: Any = transformers.PreTrainedModel.dtype
-
-
-def _dtype(model: Any) -> Any:
-    """What ``model.dtype`` is: for a compressed model the dtype in which it computes, for others what it always was.
-
-    ``save_pretrained`` writes it, and the next load gives it to all that is dense.
-    """
-    found = computing_dtype(model)
-    return _dtype_of_first_float.fget(model) if found is None else found
-
-
-# A property of the class, which nothing on a model itself could stand before.
-transformers.PreTrainedModel.dtype = property(_dtype)  # type: ignore[assignment]
