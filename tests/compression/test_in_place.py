@@ -15,8 +15,6 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig as PeerConfig
 from compressed_tensors.quantization import apply_quantization_config
-from tests.modules.test_linear import CASES, COLUMNS, FEW, ROWS, dense_weight, linear_of
-from tests.modules.test_linear import config_of as config_of_case
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -42,6 +40,8 @@ from compressed_format.modules.base import compressed_modules
 from compressed_format.quantization import dequantize, quantize
 from tests.checks import FLOATS, assert_same_bits, assert_same_tensors
 from tests.models import Nested, Words, recorded_warnings, seeded, weights
+from tests.modules.test_linear import CASES, COLUMNS, FEW, ROWS, dense_weight, linear_of
+from tests.modules.test_linear import config_of as config_of_case
 
 INT8 = {"num_bits": 8, "strategy": "channel"}
 STATIC = {"num_bits": 8, "strategy": "tensor", "dynamic": False}

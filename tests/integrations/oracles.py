@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tests.modules.test_linear import fake_quantized
 from torch import nn
 from torch.nn import functional
 
 from compressed_format import decompress
 from compressed_format.modules.base import CompressedModule, compressed_modules
 from compressed_format.modules.experts import CompressedExpertLinear, CompressedExperts
+from tests.modules.test_linear import fake_quantized
 
 
 def dense_twin(model: Any, *, experts: bool = True) -> Any:

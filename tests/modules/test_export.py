@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.modules.test_linear import CASES, COLUMNS, FEW, ROWS, embedding_of, inputs, linear_of
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
@@ -18,6 +17,7 @@ from compressed_format import compress
 from tests.checks import assert_same_tensors
 from tests.integrations.decoders import DECODERS
 from tests.models import LLAMA_CONFIGS, Nested, compressed_llama, seeded, token_ids, weights
+from tests.modules.test_linear import CASES, COLUMNS, FEW, ROWS, embedding_of, inputs, linear_of
 
 BATCH = Dim("batch", min=1, max=64)
 

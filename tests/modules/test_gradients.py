@@ -6,6 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from compressed_format import CompressedEmbedding, CompressedLinear, OpArgumentError, UnsupportedFormatError, compress
+from tests.checks import assert_same_bits, assert_same_tensors
+from tests.integrations.decoders import DECODERS
+from tests.models import weights
 from tests.modules.test_linear import (
     ACTIVATIONS,
     CASES,
@@ -21,14 +29,6 @@ from tests.modules.test_linear import (
     snapshot,
     without_bias,
 )
-from torch import nn
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
-
-from compressed_format import CompressedEmbedding, CompressedLinear, OpArgumentError, UnsupportedFormatError, compress
-from tests.checks import assert_same_bits, assert_same_tensors
-from tests.integrations.decoders import DECODERS
-from tests.models import weights
 
 BLOCKS = {
     "int8 block": {"weights": int_args(8, "block", block_structure=[5, 12]), "format": "int-quantized"},
