@@ -32,6 +32,11 @@ def load_pretrained(
         from compressed_format.integrations.tensor_parallel import with_distributed_config
 
         from_pretrained = with_distributed_config(from_pretrained)
+    if "key_mapping" in from_pretrained:
+        raise TypeError(
+            "load_compressed takes no key_mapping: packed tensors find their modules by the names of the checkpoint; "
+            "rename the tensors in the file"
+        )
     if "quantization_config" in from_pretrained:
         raise TypeError(
             "load_compressed takes no quantization_config: the checkpoint has its own; decompress() the loaded model "

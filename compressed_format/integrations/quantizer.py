@@ -198,6 +198,8 @@ class CompressedFormatQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, transformers.PreTrainedModel):
                 module.config.__dict__.pop("_is_quantized", None)
+                if isinstance(vars(module).get("hf_quantizer"), PartOfModel):
+                    del module.hf_quantizer
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         return decompress(model) if dtype is None else decompress(model).to(dtype)
@@ -240,6 +242,19 @@ def _have_shared(model: Any) -> None:
         refuse_other_splits(model)
 
 
+class PartOfModel(HfQuantizer):
+    """Stands in the models within a compressed one, which cannot be saved alone: the config is that of the whole."""
+
+    is_trainable = True
+    is_compileable = True
+
+    def is_serializable(self) -> bool:
+        raise CheckpointError(
+            "the model is part of a compressed one, whose config and names its tensors go by; save the whole model, "
+            "or compress the part by itself"
+        )
+
+
 def attach_quantizer(
     model: Any,
     config: QuantizationConfig,
@@ -268,6 +283,8 @@ def attach_quantizer(
     for module in model.modules():
         if isinstance(module, transformers.PreTrainedModel):
             module.config._is_quantized = True
+            if module is not model and compressed_modules(module) and "hf_quantizer" not in vars(module):
+                module.hf_quantizer = PartOfModel(quantizer.quantization_config)  # type: ignore[assignment]
 
 
 def misshapen(model: nn.Module, expected: Mapping[str, torch.Size]) -> dict[str, str]:

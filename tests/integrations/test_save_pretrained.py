@@ -12,6 +12,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from compressed_format import (
+    CheckpointError,
     CompressedFormatWarning,
     FormatError,
     QuantizationConfig,
@@ -197,3 +198,16 @@ def test_what_the_trainer_asks() -> None:
     arguments = transformers.TrainingArguments(output_dir="unused", use_cpu=True, report_to=[])
     with pytest.raises(ValueError, match="Please attach trainable adapters"):
         transformers.Trainer(model, arguments)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_part_of_a_compressed_model_is_not_saved_alone(loaded: bool, tmp_path: Path) -> None:
+    model = compress(tiny_llama(), LLAMA_CONFIGS["W4A16 group"])
+    if loaded:
+        model.save_pretrained(tmp_path / "whole")
+        model = load_compressed(tmp_path / "whole")
+    with pytest.raises(CheckpointError, match="part of a compressed one"):
+        model.model.save_pretrained(tmp_path / "part")
+    assert not list(tmp_path.glob("part/*.safetensors"))
+    decompress(model).model.save_pretrained(tmp_path / "part")
+    assert list(tmp_path.glob("part/*.safetensors"))

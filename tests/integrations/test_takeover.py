@@ -534,6 +534,8 @@ def test_a_loaded_model_can_be_dequantized(folder: Path) -> None:
 def test_load_compressed_is_told_by_its_own_arguments(folder: Path) -> None:
     with pytest.raises(TypeError, match=r"takes no quantization_config: .* decompress\(\) the loaded model"):
         load_compressed(folder, quantization_config=CompressedTensorsConfig(dequantize=True))
+    with pytest.raises(TypeError, match="takes no key_mapping: packed tensors find their modules by the names"):
+        load_compressed(folder, key_mapping={"^old": "model"})
 
 
 @pytest.mark.usefixtures("enabled")
