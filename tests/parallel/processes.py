@@ -17,8 +17,13 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
 ROOT = Path(__file__).parents[2]
 WORLD = 2
+# Before 2.12, fully_shard makes every parameter that it splits a trainable one, which integers cannot be.
+INTEGERS_CAN_BE_SHARDED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
 
 
 def checks_of(module: str) -> dict[str, Callable[[Path], None]]:
@@ -29,7 +34,9 @@ def checks_of(module: str) -> dict[str, Callable[[Path], None]]:
 
 def run_checks(module: str, folder: Path) -> dict[str, str]:
     """What went wrong, by the check of ``module``; checks that a failure has kept from running say so."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(WORLD), "PYTHONPATH": _python_path()}
+    # The processes are on the CPU, where there are GPUs too.
+    own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": _python_path()}
+    environment = os.environ | {**own, "WORLD_SIZE": str(WORLD)}
     results = [folder / f"results-{rank}.json" for rank in range(WORLD)]
     processes = [
         subprocess.Popen(
@@ -58,9 +65,6 @@ def _python_path() -> str:
 
 
 def main(module: str, results: str, rank: str, folder: str) -> None:
-    import torch
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), WORLD)
     dist.init_process_group("gloo", store=store, rank=int(rank), world_size=WORLD, timeout=timedelta(seconds=60))

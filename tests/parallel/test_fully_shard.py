@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from tests.parallel.processes import checks_of, run_checks
+from tests.parallel.processes import INTEGERS_CAN_BE_SHARDED, checks_of, run_checks
 
 CHECKS = "tests.parallel.fully_shard_checks"
 
-# Before 2.12, fully_shard makes every parameter that it splits a trainable one, which integers cannot be.
-pytestmark = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12), reason="fully_shard of integers needs torch 2.12"
-)
+pytestmark = pytest.mark.skipif(not INTEGERS_CAN_BE_SHARDED, reason="fully_shard of integers needs torch 2.12")
 
 
 @pytest.fixture(scope="module")
