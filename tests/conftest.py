@@ -1,10 +1,14 @@
-"""What all tests share: how hypothesis behaves, and that tests for a GPU are skipped where there is none."""
+"""What all tests share: how hypothesis behaves, which tests need a GPU, and a count of what is dequantized."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+
+from compressed_format import ops
 
 # Tests bound work, not time: the first call of an op or of the compiler may take seconds.
 settings.register_profile("project", deadline=None, print_blob=True)
@@ -17,3 +21,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture
+def dequantized(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shape of everything that ``ops.dequantize`` makes while a test runs."""
+    made: list[torch.Size] = []
+    really = ops.dequantize
+
+    def counted(*args: Any) -> torch.Tensor:
+        dense = really(*args)
+        made.append(dense.shape)
+        return dense
+
+    monkeypatch.setattr(ops, "dequantize", counted)
+    return made

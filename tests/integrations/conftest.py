@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from compressed_format import enable_transformers
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -14,3 +16,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def enabled() -> Iterator[None]:
+    with enable_transformers():
+        yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from compressed_format import (
     TargetError,
     UnsupportedFormatError,
     compress,
-    enable_transformers,
     load_compressed,
     save_compressed,
 )
@@ -54,12 +53,6 @@ CONFIGS = {
     for name, config in LLAMA_CONFIGS.items()
     if not any(needs_calibration(scheme) for scheme in config.config_groups.values())
 } | {"W4 asymmetric group": QuantizationConfig.from_dict(ASYMMETRIC)}
-
-
-@pytest.fixture
-def enabled() -> Iterator[None]:
-    with enable_transformers():
-        yield
 
 
 @pytest.fixture

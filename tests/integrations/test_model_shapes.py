@@ -20,7 +20,6 @@ from compressed_format import (
     compress,
     decompress,
     load_compressed,
-    ops,
     save_compressed,
 )
 from compressed_format.modules.base import compressed_modules
@@ -34,21 +33,6 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 INT4 = weights(4, strategy="group", group_size=32, ignore=("lm_head",))
-
-
-@pytest.fixture
-def dequantized(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """The shape of everything that ``ops.dequantize`` makes while a test runs."""
-    made: list[torch.Size] = []
-    really = ops.dequantize
-
-    def counted(*args: Any) -> torch.Tensor:
-        dense = really(*args)
-        made.append(dense.shape)
-        return dense
-
-    monkeypatch.setattr(ops, "dequantize", counted)
-    return made
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:

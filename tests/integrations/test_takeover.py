@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,12 +63,6 @@ CONFIGS = {
 }
 SCHEMES = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 TABLES = (AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING)
-
-
-@pytest.fixture
-def enabled() -> Iterator[None]:
-    with enable_transformers():
-        yield
 
 
 @pytest.fixture

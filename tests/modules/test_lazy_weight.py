@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from compressed_format import CompressedEmbedding, CompressedLinear, compress, decompress, ops
+from compressed_format import CompressedEmbedding, CompressedLinear, compress, decompress
 from compressed_format.errors import UnsupportedFormatError
 from compressed_format.modules.lazy_weight import LazyWeight
 from tests.checks import assert_same_bits
@@ -29,21 +29,6 @@ WORDS = weights(4, "Embedding", strategy="group", group_size=16)
 
 def compressed_linear(config: Any = INT4, dtype: torch.dtype = torch.float32) -> CompressedLinear:
     return compress(nn.Sequential(seeded(nn.Linear, COLUMNS, ROWS, dtype=dtype)), config)[0]
-
-
-@pytest.fixture
-def dequantized(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """The shape of everything that ``ops.dequantize`` makes while a test runs."""
-    made: list[torch.Size] = []
-    really = ops.dequantize
-
-    def counted(*args: Any) -> torch.Tensor:
-        dense = really(*args)
-        made.append(dense.shape)
-        return dense
-
-    monkeypatch.setattr(ops, "dequantize", counted)
-    return made
 
 
 # What costs nothing --------------------------------------------------------------------------------------------------
