@@ -13,6 +13,7 @@ import transformers
 from frozendict import frozendict
 
 from compressed_format import QuantizationConfig
+from tests.integrations.vision_language import qwen_inputs
 from tests.models import VOCABULARY, seeded, token_ids
 
 Inputs = dict[str, torch.Tensor]
@@ -88,18 +89,6 @@ def _qwen_vl() -> Any:
     return seeded(transformers.Qwen2_5_VLForConditionalGeneration, config)
 
 
-def _qwen_vl_inputs() -> Inputs:
-    pixels = torch.randn(16, 3 * 2 * 8 * 8, generator=torch.Generator().manual_seed(1))
-    ids = torch.tensor([[1, IMAGE - 2, *[IMAGE] * 4, IMAGE - 3, 4, 5]])
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": (ids == IMAGE).int(),
-        "pixel_values": pixels,
-        "image_grid_thw": torch.tensor([[1, 4, 4]]),
-    }
-
-
 def _t5() -> Any:
     config = transformers.T5Config(
         d_model=128, d_kv=64, d_ff=128, num_layers=1, num_heads=2, vocab_size=VOCABULARY, decoder_start_token_id=0,
@@ -163,7 +152,7 @@ KINDS: Mapping[str, Kind] = frozendict(
             prompt=("input_ids", "pixel_values"),
         ),
         "Qwen2.5-VL": Kind(
-            _qwen_vl, _qwen_vl_inputs, ignore=("lm_head", "re:.*visual.*"),
+            _qwen_vl, qwen_inputs, ignore=("lm_head", "re:.*visual.*"),
             prompt=("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw"),
         ),
         "T5": Kind(_t5, lambda: {**_ids(), "decoder_input_ids": token_ids()[:, :5]}),
