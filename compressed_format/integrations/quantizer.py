@@ -24,7 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from compressed_format.checkpoint import read_checkpoint
 from compressed_format.compression.attached_config import attach_config
 from compressed_format.compression.in_place import decompress
-from compressed_format.config import QuantizationConfig, QuantizationStatus, expand_ignore, resolve_targets
+from compressed_format.config import QuantizationConfig
 from compressed_format.errors import CheckpointError, CompressedFormatWarning, Problem
 from compressed_format.formats.base import StoredTensor
 from compressed_format.integrations.checkpoint_names import checkpoint_names, model_names, renamed_experts
@@ -266,13 +266,10 @@ def attach_quantizer(
 
     ``config`` is that of its modules, and ``written`` what stands in the model's own config.
     """
-    if written is None:
-        ignore = dict.fromkeys((*config.ignore, *expand_ignore(model, resolve_targets(model, config))))
-        changes = {"ignore": tuple(ignore), "quantization_status": QuantizationStatus.COMPRESSED}
-        written = config.model_copy(update=changes)
+    attach_config(model, config)
+    written = written or saved_config(model)
     quantizer = quantizer or CompressedFormatQuantizer(config)
     quantizer.quantization_config = CompressedTensorsConfig(**written.to_dict())
-    attach_config(model, config)
     retie(model)
     remember_conversions(model)
     say_computing_dtype(model)
