@@ -14,6 +14,7 @@ _EXPORTS = {
     "CheckpointError": "errors",
     "CheckpointExistsError": "errors",
     "CheckpointLockedError": "errors",
+    "CheckpointReader": "reading",
     "CompressedEmbedding": "modules.linear",
     "CompressedExperts": "modules.experts",
     "CompressedFormatError": "errors",
@@ -37,6 +38,7 @@ _EXPORTS = {
     "disable_transformers": "takeover",
     "enable_transformers": "takeover",
     "load_compressed": "load",
+    "open_checkpoint": "reading",
     "quantize": "quantization",
     "resolve_targets": "config",
     "save_compressed": "save",
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
     from compressed_format.modules.linear import CompressedEmbedding, CompressedLinear
     from compressed_format.ops import backend_info
     from compressed_format.quantization import QuantizedWeight, dequantize, quantize
+    from compressed_format.reading import CheckpointReader, open_checkpoint
     from compressed_format.save import save_compressed
     from compressed_format.takeover import disable_transformers, enable_transformers
 

@@ -18,7 +18,7 @@ PACKAGE = Path(compressed_format.__file__).parent
 # The order of the parts, as in the README's map.
 PARTS = (
     "errors", "dtypes", "config", "bitpack", "bitmask", "scales", "quantization", "activations", "ops", "formats",
-    "checkpoint", "modules", "calibrate", "renaming", "model_origin", "compression", "loading", "parallel", "save",
+    "checkpoint", "reading", "modules", "calibrate", "renaming", "model_origin", "compression", "loading", "parallel", "save",
     "load", "takeover", "integrations",
 )  # fmt: skip
 # What only a model of another library needs, or one that is split: a function may import it when it is called.

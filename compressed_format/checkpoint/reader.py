@@ -80,6 +80,11 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             data = data.clone()
         return data.view(dtype).view(spec.shape)
 
+    def data(self, name: str) -> memoryview:
+        """The bytes of a tensor, mapped; it stays valid as the tensor itself does. Raises as ``[name]`` does."""
+        spec = self._tensors[name]
+        return memoryview(self._map(spec.file))[spec.start : spec.stop] if spec.nbytes else memoryview(bytearray())
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
