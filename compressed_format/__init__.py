@@ -21,6 +21,7 @@ _EXPORTS = {
     "CompressedFormatWarning": "errors",
     "CompressedLinear": "modules.linear",
     "ConfigError": "errors",
+    "Difference": "comparison",
     "FormatError": "errors",
     "OpArgumentError": "errors",
     "Problem": "errors",
@@ -35,6 +36,7 @@ _EXPORTS = {
     "compress": "compression.in_place",
     "decompress": "compression.in_place",
     "dequantize": "quantization",
+    "diff_checkpoints": "comparison",
     "disable_transformers": "takeover",
     "enable_transformers": "takeover",
     "load_compressed": "load",
@@ -47,6 +49,7 @@ _EXPORTS = {
 __all__ = sorted(_EXPORTS)
 
 if TYPE_CHECKING:
+    from compressed_format.comparison import Difference, diff_checkpoints
     from compressed_format.compression.in_place import compress, decompress
     from compressed_format.config import QuantizationArgs, QuantizationConfig, QuantizationScheme, resolve_targets
     from compressed_format.errors import (
