@@ -12,6 +12,10 @@ The protocol::
 The lock is a file beside the partial folder and not the partial folder itself, because that one changes its name
 on the way: after the exchange ``<destination>.partial`` is the old checkpoint, and after a rename it is free for
 anyone. The lock covers the name throughout.
+
+A job that can be resumed writes down what it has done in ``<destination>.partial.job``. While that file is there, a
+partial folder is worth something: it outlives a failure, is filled further by the next resumable writer, and is never
+thrown away by any other.
 """
 
 from __future__ import annotations
@@ -19,130 +23,117 @@ from __future__ import annotations
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from compressed_format.checkpoint import syscalls
-from compressed_format.errors import (
-    CheckpointError,
-    CheckpointExistsError,
-    CheckpointLockedError,
-    CompressedFormatWarning,
-    Problem,
-)
+from compressed_format.checkpoint.disk_errors import blaming, disk_error
+from compressed_format.checkpoint.lock import locked
+from compressed_format.checkpoint.partial_folder import JOB_SUFFIX, PARTIAL_SUFFIX, PartialFolder
+from compressed_format.errors import CheckpointError, CheckpointExistsError, CompressedFormatWarning, Problem
 
-__all__ = ["PARTIAL_SUFFIX", "PartialFolder", "publishing"]
-
-PARTIAL_SUFFIX = ".partial"
-
-
-class PartialFolder:
-    """The folder of an unfinished save, held under its lock.
-
-    ``path`` is where it is; its files are made by :meth:`create`.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._folders = [path]
-
-    @contextmanager
-    def create(self, name: str) -> Iterator[Callable[[bytes | memoryview], None]]:
-        """A new file, as a function that appends to it; on the disk when the context ends.
-
-        ``name`` is relative, with forward slashes, and must have passed
-        :func:`~compressed_format.checkpoint.index.file_name_problem`. Raises :class:`CheckpointError`.
-        """
-        path = self.path.joinpath(*name.split("/"))
-        for folder in reversed(path.relative_to(self.path).parents[:-1]):
-            if self.path / folder not in self._folders:
-                with _blaming(self.path / folder, "cannot be made"):
-                    syscalls.make_folder(self.path / folder)
-                self._folders.append(self.path / folder)
-        with _blaming(path, "cannot be made"):
-            descriptor = syscalls.create_file(path)
-
-        def append(data: bytes | memoryview) -> None:
-            rest = memoryview(data)
-            with _blaming(path, "cannot be written"):
-                while rest:
-                    rest = rest[syscalls.write(descriptor, rest) :]
-
-        try:
-            yield append
-            with _blaming(path, "cannot be synced to the disk"):
-                syscalls.sync(descriptor)
-        except BaseException:
-            with suppress(OSError):
-                syscalls.close(descriptor)
-            raise
-        with _blaming(path, "cannot be closed"):
-            syscalls.close(descriptor)
-
-    def sync_folders(self) -> None:
-        """Bring the names of all files to the disk."""
-        for folder in reversed(self._folders):
-            with _blaming(folder, "cannot be synced to the disk"):
-                syscalls.sync_folder(folder)
+__all__ = ["JOB_SUFFIX", "PARTIAL_SUFFIX", "PartialFolder", "publishing"]
 
 
 @contextmanager
-def publishing(destination: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[PartialFolder]:
+def publishing(
+    destination: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    resumable: bool = False,
+    single_file: str | None = None,
+) -> Iterator[PartialFolder]:
     """A folder to fill, which becomes ``destination`` when the context ends without an exception.
 
-    A symbolic link is followed: what it points to is replaced. Folders above are made as needed. Raises
-    :class:`CheckpointExistsError` when the destination holds anything and ``overwrite`` is false,
+    A symbolic link is followed: what it points to is replaced. Folders above are made as needed. With
+    ``single_file`` it is the file of that name in the folder which becomes the destination, and nothing else.
+
+    Raises :class:`CheckpointExistsError` when the destination holds anything and ``overwrite`` is false,
     :class:`CheckpointLockedError` when another writer is at it, and :class:`CheckpointError` for whatever the disk
-    refuses. After any exception, also one from the caller's block, the destination is as it was before.
+    refuses, or when the folder is that of a job which can be resumed and ``resumable`` is false. After any exception,
+    also one from the caller's block, the destination is as it was before; with ``resumable`` the folder is kept
+    if its job file is there then.
     """
-    try:
-        target = Path(os.path.realpath(destination))
-    except ValueError as error:  # a NUL, or half a surrogate pair
-        raise _error(Path(destination), f"cannot be the name of a folder: {error}") from error
-    if target.name.endswith(PARTIAL_SUFFIX):
-        raise _error(target, f"names that end in {PARTIAL_SUFFIX} are those of unfinished saves: choose another")
-    _refuse_occupied(target, overwrite)
+    target = _resolved(destination)
     partial = Path(f"{target}{PARTIAL_SUFFIX}")
-    with _parents(target.parent), _locked(partial):
-        occupied = _refuse_occupied(target, overwrite)  # again: the writer before us may just have published
-        with _blaming(partial, "is left from an unfinished save and cannot be removed"):
-            syscalls.remove(partial)
-        with _blaming(partial, "cannot be made"):
-            syscalls.make_folder(partial)
-            ours = partial.stat()
+    try:
+        _refuse_occupied(target, overwrite, single_file)
+    except CheckpointExistsError:
+        _tidy(partial)
+        raise
+    with _parents(target.parent), locked(partial):
+        occupied = _refuse_occupied(target, overwrite, single_file)  # again: the writer before us may have published
+        folder = PartialFolder(partial)
+        if not folder.kept:
+            folder.clear()
+        elif not resumable:
+            raise disk_error(
+                partial,
+                f"holds a job that was begun and can go on: finish it by the same call that began it, or remove "
+                f"{partial.name} and {folder.job.name} to give it up",
+            )
+        subject = partial if single_file is None else partial / single_file
+        ours: os.stat_result | None = None
         was_folder = False
         try:
             if occupied:
                 _refuse_without_exchange(target, partial)
-            folder = PartialFolder(partial)
             yield folder
             folder.sync_folders()
-            occupied = _refuse_occupied(target, overwrite)  # and again, after what may have been hours
+            occupied = _refuse_occupied(target, overwrite, single_file)  # and again, after what may have been hours
             was_folder = not occupied and target.is_dir()
-            with _blaming(target, "cannot be published"):
-                _move(partial, target, exchange=occupied)
-            with _blaming(target.parent, "cannot be synced to the disk"):
+            with blaming(target, "cannot be published"):
+                ours = subject.lstat()
+                _move(subject, target, exchange=occupied)
+            with blaming(target.parent, "cannot be synced to the disk"):
                 syscalls.sync_folder(target.parent)
         except BaseException:
             # What was published is asked of the disk: an interrupt may come between a call and a note that it was made.
             with suppress(OSError):
                 if _is_same(target, ours):
-                    _move(target, partial, exchange=occupied)
+                    _move(target, subject, exchange=occupied)
                     if was_folder:
                         syscalls.make_folder(target)
             with suppress(OSError):
-                if _is_same(partial, ours):  # and not what the destination held
+                if _is_same(target, ours):  # and so what the destination held is in the partial folder
+                    syscalls.remove(folder.job)
+                elif not (resumable and os.path.lexists(folder.job)):
                     syscalls.remove(partial)
             raise
-        if occupied:
-            try:
-                syscalls.remove(partial)
-            except OSError as error:
-                message = f"{partial}: what was replaced cannot be removed wholly: {error.strerror or error}"
-                warnings.warn(
-                    message, CompressedFormatWarning, stacklevel=4
-                )  # above: contextlib, the writer, its caller
+        _remove_rest(folder.job if resumable else None, partial if occupied or single_file is not None else None)
+
+
+def _resolved(destination: str | os.PathLike[str]) -> Path:
+    try:
+        target = Path(os.path.realpath(destination))
+    except ValueError as error:  # a NUL, or half a surrogate pair
+        raise disk_error(Path(destination), f"cannot be the name of a folder: {error}") from error
+    if target.name.endswith(PARTIAL_SUFFIX):
+        raise disk_error(target, f"names that end in {PARTIAL_SUFFIX} are those of unfinished saves: choose another")
+    return target
+
+
+def _tidy(partial: Path) -> None:
+    """Remove the note of a job that was killed after it had published everything."""
+    folder = PartialFolder(partial)
+    if not os.path.lexists(partial) and os.path.lexists(folder.job):
+        with suppress(CheckpointError, OSError), locked(partial):
+            if not os.path.lexists(partial):
+                syscalls.remove(folder.job)
+
+
+def _remove_rest(*paths: Path | None) -> None:
+    """Remove what a publication leaves behind: it stands in any case."""
+    for path in paths:
+        try:
+            if path is not None:
+                syscalls.remove(path)
+        except OSError as error:
+            what = "what was replaced" if path is not None and path.suffix == PARTIAL_SUFFIX else "what is left"
+            message = f"{path}: {what} cannot be removed wholly: {error.strerror or error}"
+            # above: publishing, contextlib, the writer, its caller
+            warnings.warn(message, CompressedFormatWarning, stacklevel=5)
 
 
 def _move(source: Path, target: Path, *, exchange: bool) -> None:
@@ -152,17 +143,19 @@ def _move(source: Path, target: Path, *, exchange: bool) -> None:
         syscalls.rename(source, target)
 
 
-def _is_same(path: Path, status: os.stat_result) -> bool:
+def _is_same(path: Path, status: os.stat_result | None) -> bool:
     try:
-        return os.path.samestat(path.lstat(), status)
+        return status is not None and os.path.samestat(path.lstat(), status)
     except FileNotFoundError:
         return False
 
 
-def _refuse_occupied(target: Path, overwrite: bool) -> bool:
+def _refuse_occupied(target: Path, overwrite: bool, single_file: str | None) -> bool:
     """Whether the destination holds anything, which is an error unless it may be overwritten."""
-    with _blaming(target, "cannot be read"):
+    with blaming(target, "cannot be read"):
         try:
+            if single_file is not None and target.is_dir():
+                raise disk_error(target, "is a folder, and one file is to be written: name a file in it")
             occupied = not stat.S_ISDIR(target.stat().st_mode) or any(target.iterdir())
         except FileNotFoundError:
             return False
@@ -175,27 +168,27 @@ def _refuse_occupied(target: Path, overwrite: bool) -> bool:
 def _refuse_without_exchange(target: Path, partial: Path) -> None:
     """Try the exchange on two empty folders, so that hours of writing do not end with the refusal."""
     if target.is_mount():
-        raise _error(target, "is a mount point and cannot be replaced: choose a folder in it")
-    probes = partial / "a", partial / "b"
+        raise disk_error(target, "is a mount point and cannot be replaced: choose a folder in it")
+    probes = partial / ".exchange-1", partial / ".exchange-2"
     for probe in probes:
-        with _blaming(probe, "cannot be made"):
+        with blaming(probe, "cannot be made"):
             syscalls.make_folder(probe)
-    with _blaming(target, "cannot be overwritten, because this file system cannot exchange two folders in one step"):
+    with blaming(target, "cannot be overwritten, because this file system cannot exchange two folders in one step"):
         syscalls.exchange(*probes)
     for probe in probes:
-        with _blaming(probe, "cannot be removed"):
+        with blaming(probe, "cannot be removed"):
             syscalls.remove_folder(probe)
 
 
 @contextmanager
 def _parents(folder: Path) -> Iterator[None]:
     """Make ``folder`` and those above it as needed, and remove them again should the context fail."""
-    with _blaming(folder, "cannot be read"):
+    with blaming(folder, "cannot be read"):
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
     made: list[Path] = []
     try:
         for path in reversed(missing):
-            with _blaming(path, "cannot be made"):
+            with blaming(path, "cannot be made"):
                 with suppress(FileExistsError):  # someone else made it just now
                     syscalls.make_folder(path)
                     made.append(path)
@@ -206,48 +199,3 @@ def _parents(folder: Path) -> Iterator[None]:
             for path in reversed(made):
                 syscalls.remove_folder(path)
         raise
-
-
-@contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Hold the exclusive lock on the name ``partial``."""
-    path = Path(f"{partial}.lock")
-    with _blaming(path, "cannot be locked"):
-        descriptor = _lock(path)
-    if descriptor is None:
-        message = "another process is writing this checkpoint; wait for it, or choose another destination"
-        raise CheckpointLockedError(problems=[Problem(str(partial), message)])
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # the lock itself is gone in any case, and a left-over file does no harm
-            syscalls.unlock(descriptor, path)
-
-
-def _lock(path: Path) -> int | None:
-    while True:
-        descriptor = syscalls.open_lock(path)
-        try:
-            mine = syscalls.try_lock(descriptor)
-            if mine and _is_same(path, os.fstat(descriptor)):
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-        if not mine:
-            return None
-        # The writer before us removed the file after we had opened it: what we locked is no one's lock any more.
-
-
-@contextmanager
-def _blaming(path: Path, what: str) -> Iterator[None]:
-    """Turn an ``OSError`` into a :class:`CheckpointError` that names the file and the reason."""
-    try:
-        yield
-    except OSError as error:
-        raise _error(path, f"{what}: {error.strerror or error}") from error
-
-
-def _error(path: Path, message: str) -> CheckpointError:
-    return CheckpointError(problems=[Problem(str(path), message)])

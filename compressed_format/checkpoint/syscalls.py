@@ -26,16 +26,22 @@ __all__ = [
     "close",
     "create_file",
     "exchange",
+    "free_bytes",
     "make_folder",
+    "open_file",
     "open_lock",
+    "open_source",
+    "read_at",
     "remove",
     "remove_folder",
     "rename",
+    "set_size",
     "sync",
     "sync_folder",
     "try_lock",
     "unlock",
     "write",
+    "write_at",
 ]
 
 # The renames' flags: RENAME_EXCHANGE of <linux/fs.h> and RENAME_SWAP of <sys/stdio.h> happen to be equal.
@@ -61,6 +67,46 @@ def create_file(path: Path) -> int:
 def write(descriptor: int, data: memoryview) -> int:
     """Write some of ``data``; returns how many bytes."""
     return os.write(descriptor, data)
+
+
+def open_file(path: Path) -> int:
+    """A descriptor for writing into a file that is there already. A link is not followed."""
+    flags = os.O_WRONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    return os.open(path, flags)
+
+
+def set_size(descriptor: int, size: int) -> None:
+    """Let a file be ``size`` bytes long; what is new reads as zeros and takes no space yet."""
+    os.ftruncate(descriptor, size)
+
+
+def write_at(descriptor: int, data: memoryview, offset: int) -> int:
+    """Write some of ``data`` at ``offset`` of the file; returns how many bytes."""
+    if sys.platform == "win32":  # pragma: no cover
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.write(descriptor, data)
+    return os.pwrite(descriptor, data, offset)
+
+
+def open_source(path: Path) -> int:
+    """A descriptor for reading a file, which waits for no one should that be a pipe."""
+    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    return os.open(path, flags)
+
+
+def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Fill some of ``buffer`` from ``offset`` of the file; returns how many bytes, 0 at its end."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [buffer], offset)
+    os.lseek(descriptor, offset, os.SEEK_SET)  # pragma: no cover
+    data = os.read(descriptor, len(buffer))  # pragma: no cover
+    buffer[: len(data)] = data  # pragma: no cover
+    return len(data)  # pragma: no cover
+
+
+def free_bytes(folder: Path) -> int:
+    """How many bytes this user may still write to the folder's file system."""
+    return shutil.disk_usage(folder).free
 
 
 def sync(descriptor: int) -> None:

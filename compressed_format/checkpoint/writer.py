@@ -12,7 +12,7 @@ from frozendict import frozendict
 
 from compressed_format.checkpoint.header import build_header, byte_size
 from compressed_format.checkpoint.index import STEMS, Stem, build_index, file_name_problem, index_file, single_file
-from compressed_format.checkpoint.publish import PartialFolder, publishing
+from compressed_format.checkpoint.publish import publishing
 from compressed_format.checkpoint.shards import order_for_alignment, parse_shard_size, plan_shards, shard_names
 from compressed_format.dtypes import DTYPES
 from compressed_format.errors import CheckpointError, Problem
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["write_checkpoint"]
 
 _CHUNK_BYTES = 64 * 1024 * 1024
-"""Written between two reports of progress, and held at once of a file that is copied."""
+"""Written between two reports of progress."""
 
 _RESERVED = re.compile(rf"({'|'.join(STEMS)})(\.safetensors(\.index\.json)?|-\d{{5,}}-of-\d{{5,}}\.safetensors)")
 
@@ -89,7 +89,7 @@ def write_checkpoint(
             with folder.create(index_file(stem)) as append:
                 append(build_index(weight_map, total))
         for file, content in files.items():
-            _write_file(folder, file, content)
+            folder.copy(file, content)
 
 
 def _spec(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
@@ -112,30 +112,6 @@ def _chunks(name: str, tensor: torch.Tensor, spec: tuple[str, tuple[int, ...]]) 
     data = flat.view(torch.uint8).numpy().data
     for start in range(0, len(data), _CHUNK_BYTES):
         yield data[start : start + _CHUNK_BYTES]
-
-
-def _write_file(folder: PartialFolder, name: str, content: bytes | Path) -> None:
-    with folder.create(name) as append:
-        if not isinstance(content, Path):
-            append(content)
-            return
-        try:
-            source = content.open("rb")
-        except OSError as error:
-            raise _unreadable(content, error) from error
-        with source:
-            while True:
-                try:
-                    chunk = source.read(_CHUNK_BYTES)
-                except OSError as error:
-                    raise _unreadable(content, error) from error
-                if not chunk:
-                    break
-                append(chunk)
-
-
-def _unreadable(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(problems=[Problem(str(path), f"cannot be read: {error.strerror or error}")])
 
 
 def _tensor_problem(name: Any, tensor: Any) -> str | None:
