@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from compressed_format.checkpoint import write_checkpoint
+from compressed_format.checkpoint.companions import companion_files
 from compressed_format.compression.attached_config import config_of
 from compressed_format.config import (
     FORMAT_VERSION,
@@ -31,11 +32,6 @@ from compressed_format.modules.experts import stored_modules, unstacked_state
 from compressed_format.renaming import module_names, rename_modules
 
 __all__ = ["save_compressed", "saved_config"]
-
-# Files of a source folder that hold weights in one way or another; the compressed ones take their place.
-_WEIGHT_SUFFIXES = frozenset(
-    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json"}
-)
 
 
 def save_compressed(
@@ -181,20 +177,8 @@ def _source_folder(model: nn.Module, source: str | os.PathLike[str] | None) -> P
 
 
 def _files(model: nn.Module, folder: Path | None, destination: Path) -> dict[str, bytes | Path]:
-    """Tokenizer, templates, code and whatever else of ``folder`` is no weight.
-
-    Hidden folders stay behind, and so does what an earlier save to a ``destination`` inside ``folder`` has left.
-    """
-    files: dict[str, bytes | Path] = {}
-    if folder is not None:
-        earlier = destination.resolve()
-        for found in sorted(folder.rglob("*")):
-            name = found.relative_to(folder)
-            hidden = any(part.startswith(".") for part in name.parts)
-            weights = any(found.name.endswith(suffix) for suffix in _WEIGHT_SUFFIXES)
-            left = folder.resolve() != earlier and earlier in (folder.resolve() / name).parents
-            if found.is_file() and not (hidden or weights or left) and str(name) != "config.json":
-                files[name.as_posix()] = found
+    """What of ``folder`` is no weight, and how the model generates."""
+    files = {} if folder is None else companion_files(folder, destination)
     generation: Any = getattr(model, "generation_config", None)
     if "generation_config.json" not in files and hasattr(generation, "to_json_string"):
         files["generation_config.json"] = generation.to_json_string().encode()

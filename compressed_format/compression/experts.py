@@ -25,6 +25,7 @@ from compressed_format.modules.experts import (
     original_class,
     stack_tensors,
 )
+from compressed_format.modules.module_table import ModuleTable
 from compressed_format.modules.offloading import hand_over, is_offloaded, original_forward
 
 __all__ = [
@@ -44,7 +45,7 @@ Assignments = Mapping[str, Assignment | None]
 """What becomes of each projection of a stack; None for one that stays as it is."""
 
 
-def dense_stacks(model: nn.Module) -> dict[str, tuple[nn.Module, ExpertStack]]:
+def dense_stacks(model: nn.Module | ModuleTable) -> dict[str, tuple[nn.Module, ExpertStack]]:
     """The modules of ``model`` that hold the uncompressed weights of all experts of a layer."""
     found = ((name, module, expert_stack(module)) for name, module in model.named_modules())
     return {

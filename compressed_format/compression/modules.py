@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from compressed_format.activations import activation_group_size
+from compressed_format.compression.weights import compressed_tensors
 from compressed_format.config import Assignment, CompressionFormat, QuantizationStrategy, TargetResolution
 from compressed_format.errors import CompressedFormatError, Problem, QuantizationError, UnsupportedFormatError
-from compressed_format.formats import SPARSITY_FORMATS, format_named, prune_2_of_4
 from compressed_format.formats.module import check_runnable
 from compressed_format.modules.base import CompressedModule
 from compressed_format.modules.linear import CompressedEmbedding, CompressedLinear
 from compressed_format.modules.offloading import is_offloaded, onloaded
 from compressed_format.modules.subclasses import blank_successor, carry_attributes, original_class, subclass_problem
-from compressed_format.quantization import QuantizedWeight, group_size_problem, quantize, weight_scales
+from compressed_format.quantization import group_size_problem, weight_scales
 
 __all__ = [
     "check_modules",
@@ -106,19 +106,7 @@ def compress_module(
     Raises :class:`QuantizationError` or :class:`FormatError` for what :func:`check_modules` refuses.
     """
     assert isinstance(module, (nn.Linear, nn.Embedding))
-    weight = module.weight.detach()
-    scheme, sparsity = assignment.scheme, assignment.sparsity
-    args = None if scheme is None else scheme.weights
-    if sparsity is CompressionFormat.SPARSE_24_BITMASK:
-        weight = prune_2_of_4(weight, place=place)
-    if args is None:
-        quantized = QuantizedWeight(weight)
-    else:
-        quantized = quantize(weight, args, place=f"{place}.weight")
-    tensors = format_named(assignment.format, place).encode(quantized, args, place=place)
-    if sparsity is not None:
-        values = tensors.pop("weight")
-        tensors = {**SPARSITY_FORMATS[sparsity].encode(values, place=place), **tensors}
+    tensors = compressed_tensors(module.weight.detach(), assignment, place)
     return compressed_successor(module, {**tensors, **activation_scales}, assignment)
 
 
@@ -165,9 +153,10 @@ def plain_module(module: CompressedModule, weight: nn.Parameter) -> nn.Module:
 
 def _succeed(module: nn.Module, successor: _Successor) -> _Successor:
     """``successor`` in the mode of ``module`` and with its very hooks, so that their handles go on working."""
-    for name in _HOOKS:
-        setattr(successor, name, getattr(module, name))
-    return successor.train(module.training)
+    vars(successor).update({name: vars(module)[name] for name in _HOOKS})
+    if successor._modules or successor.training != module.training:
+        successor.train(module.training)
+    return successor
 
 
 def _problems(name: str, module: nn.Module, assignment: Assignment, values: bool) -> Iterator[str]:

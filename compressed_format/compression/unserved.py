@@ -9,6 +9,7 @@ from torch import nn
 from compressed_format.config import Assignment, CompressionFormat, QuantizationConfig
 from compressed_format.errors import Problem, UnsupportedFormatError
 from compressed_format.formats.module import check_runnable
+from compressed_format.modules.module_table import ModuleTable
 from compressed_format.modules.subclasses import subclass_problem
 
 __all__ = ["refuse_what_cannot_run", "transposed_layers", "unserved"]
@@ -33,11 +34,19 @@ def unserved(config: QuantizationConfig) -> list[Problem]:
     return list(dict.fromkeys([*problems, *_online_transforms(config)]))
 
 
-def refuse_what_cannot_run(model: nn.Module, config: QuantizationConfig, assignments: Mapping[str, Assignment]) -> None:
+def refuse_what_cannot_run(
+    model: nn.Module | ModuleTable, config: QuantizationConfig, assignments: Mapping[str, Assignment]
+) -> None:
     """Raise :class:`UnsupportedFormatError` for everything that ``model`` would not run correctly, by module."""
     problems: list[Problem] = []
+    runnable: set[int] = set()  # most modules share their assignment, and nothing of its problems but the place
     for name, assignment in assignments.items():
-        problems += check_runnable(assignment.scheme, assignment.format, assignment.sparsity, name)
+        if id(assignment) in runnable:
+            continue
+        found = check_runnable(assignment.scheme, assignment.format, assignment.sparsity, name)
+        if not found:
+            runnable.add(id(assignment))
+        problems += found
     attention = _attention_targets(config)
     for name, module in model.named_modules():
         group = attention.get(type(module).__name__)

@@ -15,6 +15,7 @@ ROUTERS = frozenset({"gate", "gating", "router", "shared_expert_gate", "wg"})
 """What the modules are called that choose among experts: the last part of their name, or the one before it."""
 
 _COMPRESSIBLE = frozenset({"Linear", "Embedding"})
+_OF_EXPERT = re.compile(r"(.+\.experts)\.\d+\.[^.]+", re.ASCII)
 _ROUTER = re.compile(r"Router|Gating|Gate(?![a-z])")
 
 
@@ -77,7 +78,10 @@ def list_modules(model_or_names: Any) -> list[NamedModule]:
                 modules += [NamedModule(found, ("Linear",), stack=name) for *_, found in stack.names(name)]
         return modules
     if isinstance(model_or_names, Mapping):
-        return [NamedModule(name, _given_classes(classes)) for name, classes in model_or_names.items()]
+        return [
+            NamedModule(name, _given_classes(classes), stack=_stack_by_name(name))
+            for name, classes in model_or_names.items()
+        ]
     if isinstance(model_or_names, str) or not isinstance(model_or_names, Iterable):
         raise TypeError(f"expected a model, a mapping or names, not {type(model_or_names).__name__}")
     return [NamedModule(name, ("Linear",)) for name in model_or_names]
@@ -91,6 +95,12 @@ def counts_as_linear(module: NamedModule) -> bool:
 
 def _is_router_class(name: str) -> bool:
     return "ExpertMLP" not in name and _ROUTER.search(name) is not None
+
+
+def _stack_by_name(name: str) -> str | None:
+    """The module that holds all experts, for the name of a part of one of them."""
+    match = _OF_EXPERT.fullmatch(name)
+    return None if match is None else match[1]
 
 
 def _given_classes(classes: str | Sequence[str]) -> tuple[str, ...]:

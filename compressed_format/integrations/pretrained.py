@@ -21,7 +21,7 @@ from compressed_format.errors import CheckpointError, Problem
 from compressed_format.integrations.quantization_config import METHOD
 from compressed_format.integrations.quantizer import misshapen
 
-__all__ = ["load_pretrained"]
+__all__ = ["load_pretrained", "model_class"]
 
 
 def load_pretrained(
@@ -56,9 +56,9 @@ def load_pretrained(
         if owner is not None and key in vars(owner):
             delattr(owner, key)
     model_config.quantization_config = {**config.to_dict(), "quant_method": METHOD}
-    model_class = _model_class(model_config, from_pretrained)
+    kind = model_class(model_config, from_pretrained)
     with _quiet_report():
-        model, info = model_class.from_pretrained(
+        model, info = kind.from_pretrained(
             path,
             config=model_config,
             dtype=dtype or "auto",
@@ -78,13 +78,13 @@ def load_pretrained(
     problems += [Problem(key, message) for key, message in found.items() if key not in skeleton.explained]
     problems += [Problem("", message) for message in info.get("error_msgs") or ()]
     if problems:
-        raise CheckpointError(f"{path} does not fit the model {model_class.__name__}:", problems)
+        raise CheckpointError(f"{path} does not fit the model {kind.__name__}:", problems)
     quantizer.finish(model, dtype)
     loaded: nn.Module = model
     return loaded
 
 
-def _model_class(config: Any, from_pretrained: Mapping[str, Any]) -> Any:
+def model_class(config: Any, from_pretrained: Mapping[str, Any]) -> Any:
     """The class named in ``architectures``, if transformers has it as a model; else the causal language model of the
     config, or whatever writes text from other things."""
     names = getattr(config, "architectures", None) or []
