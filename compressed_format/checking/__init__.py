@@ -2,7 +2,8 @@
 
 from compressed_format.checking.consumers import CONSUMERS, consumer_findings
 from compressed_format.checking.findings import Code, Finding, Report, Severity
+from compressed_format.checking.paths import check
 from compressed_format.checking.plan import LayerShape
 from compressed_format.checking.table import CODES
 
-__all__ = ["CODES", "CONSUMERS", "Code", "Finding", "LayerShape", "Report", "Severity", "consumer_findings"]
+__all__ = ["CODES", "CONSUMERS", "Code", "Finding", "LayerShape", "Report", "Severity", "check", "consumer_findings"]

@@ -1,4 +1,4 @@
-"""The table of all codes; ``python -m compressed_format.checking.table`` prints it as the page ``docs/findings.md``."""
+"""The table of all codes; ``python -m compressed_format.checking`` prints it as the page ``docs/findings.md``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HEAD = """\
 # Findings
 
 What `check` and `compressed-format check` can find, by its code. Codes are stable: one never changes its meaning.
-This page is written by `python -m compressed_format.checking.table`.
+This page is written by `python -m compressed_format.checking`.
 
 | severity | means |
 |---|---|
@@ -64,7 +64,3 @@ def page() -> str:
 
 def _rows(rows: Iterable[Code]) -> list[str]:
     return [f"| {row.code} | {row.severity} | {row.title} | {row.meaning} | {row.remedy} |\n" for row in rows]
-
-
-if __name__ == "__main__":
-    print(page(), end="")

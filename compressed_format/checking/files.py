@@ -1,0 +1,112 @@
+"""The files of a checkpoint: what is beside the weights, and an index against what the shards hold."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compressed_format.checking import codes
+from compressed_format.checking.findings import Code
+from compressed_format.checking.notebook import Notebook
+from compressed_format.checkpoint import Checkpoint
+from compressed_format.checkpoint.index import INDEX_SUFFIX, STEMS, index_file, parse_index
+from compressed_format.checkpoint.shard_file import read_regular
+from compressed_format.checkpoint.strict_json import parse_object
+from compressed_format.config.report import show
+from compressed_format.errors import CheckpointError, Problem
+
+__all__ = ["check_companions", "check_index", "note_problems"]
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_MOST_NAMED = 8
+
+
+def note_problems(error: CheckpointError, path: Path, notebook: Notebook) -> bool:
+    """Make findings of the problems of :func:`~compressed_format.checkpoint.read_checkpoint`.
+
+    Returns whether there was nothing to read at all.
+    """
+    problems = error.problems or (Problem(str(path), error.message),)
+    kinds = [_kind(problem, path) for problem in problems]
+    for kind, problem in zip(kinds, problems, strict=True):
+        notebook.add_all([kind.of(problem)])
+    return all(kind is codes.UNREADABLE for kind in kinds)
+
+
+def _kind(problem: Problem, path: Path) -> Code:
+    place, message = problem.place, problem.message
+    if place.rpartition("/")[2].endswith(".safetensors") and message.startswith(
+        ("there is no such file in", "cannot be read")
+    ):
+        return codes.INDEX if path.name.endswith(INDEX_SUFFIX) or path.is_dir() else codes.UNREADABLE
+    if place in (str(path), os.path.realpath(path)) or Path(place) == path.parent:
+        return codes.UNREADABLE
+    if INDEX_SUFFIX in place:
+        return codes.INDEX_CONTENT if message.startswith("is not in") else codes.INDEX
+    return codes.INDEX_CONTENT if message.startswith("is here, and") else codes.HEADER
+
+
+def check_index(checkpoint: Checkpoint, notebook: Notebook) -> None:
+    """The index, where there is one: its ``total_size``, and its names if the checkpoint was read without it."""
+    given = checkpoint.path
+    name = given.name if given.name.endswith(INDEX_SUFFIX) else None
+    if name is None and given.is_dir():
+        stems = (stem for stem in STEMS if (checkpoint.folder / index_file(stem)).exists())
+        name = next((index_file(stem) for stem in stems), None)
+    if name is None:
+        return
+    try:
+        data = read_regular(checkpoint.folder, name)
+        weight_map = parse_index(data, place=name)
+        metadata = parse_object(data).get("metadata")
+    except CheckpointError as error:
+        notebook.add_error(codes.INDEX, error)
+        return
+    for tensor in weight_map.keys() - set(checkpoint):
+        notebook.alike(codes.INDEX_CONTENT, f"{name}: weight_map.{tensor}", "is in no file of the checkpoint")
+    for tensor in checkpoint:
+        if weight_map.get(tensor) != checkpoint.spec(tensor).file:
+            file = checkpoint.spec(tensor).file
+            notebook.alike(codes.INDEX_CONTENT, f"{name}: weight_map.{tensor}", f"must say {file}, where the tensor is")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    held = sum(checkpoint.spec(tensor).nbytes for tensor in checkpoint)
+    if total is not None and total != held:
+        message = f"is {show(total)}, and the tensors take {held} bytes: write {held}"
+        notebook.add(codes.TOTAL_SIZE, f"{name}: metadata.total_size", message)
+
+
+def check_companions(folder: Path, files: tuple[str, ...], content: Mapping[str, Any], notebook: Notebook) -> None:
+    """Files beside the weights: other weights, pickles, code. None of them is opened."""
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if _is_file(entry))
+    except OSError:
+        return  # the files with the weights could be opened all the same
+    stray = [name for name in names if name.endswith(".safetensors") and name not in files]
+    if stray:
+        notebook.add(codes.STRAY_FILE, stray[0], f"{_listed(stray)}: {codes.STRAY_FILE.way_out}")
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    if pickles:
+        message = f"{_listed(pickles)} may hold a pickle, which was not opened; {codes.PICKLES.way_out}"
+        notebook.add(codes.PICKLES, pickles[0], message)
+    if content.get("auto_map") is not None:
+        message = f"asks for code out of the folder, which was not run; {codes.CODE_IN_FOLDER.way_out}"
+        notebook.add(codes.CODE_IN_FOLDER, "config.json: auto_map", message)
+    code = [name for name in names if name.endswith(".py")]
+    if code:
+        message = f"{_listed(code)}: code, which was not run; {codes.CODE_IN_FOLDER.way_out}"
+        notebook.add(codes.CODE_IN_FOLDER, code[0], message)
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return stat.S_ISREG(entry.stat().st_mode)
+    except OSError:
+        return False
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:_MOST_NAMED])
+    return f"{shown} and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else shown
