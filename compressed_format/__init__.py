@@ -22,6 +22,7 @@ _EXPORTS = {
     "CompressedLinear": "modules.linear",
     "ConfigError": "errors",
     "Difference": "comparison",
+    "Finding": "checking",
     "FormatError": "errors",
     "OpArgumentError": "errors",
     "Problem": "errors",
@@ -30,9 +31,11 @@ _EXPORTS = {
     "QuantizationError": "errors",
     "QuantizationScheme": "config",
     "QuantizedWeight": "quantization",
+    "Report": "checking",
     "TargetError": "errors",
     "UnsupportedFormatError": "errors",
     "backend_info": "ops",
+    "check": "checking",
     "compress": "compression.in_place",
     "decompress": "compression.in_place",
     "dequantize": "quantization",
@@ -49,6 +52,7 @@ _EXPORTS = {
 __all__ = sorted(_EXPORTS)
 
 if TYPE_CHECKING:
+    from compressed_format.checking import Finding, Report, check
     from compressed_format.comparison import Difference, diff_checkpoints
     from compressed_format.compression.in_place import compress, decompress
     from compressed_format.config import QuantizationArgs, QuantizationConfig, QuantizationScheme, resolve_targets
