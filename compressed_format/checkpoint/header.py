@@ -5,31 +5,51 @@
 
 from __future__ import annotations
 
+import gc
+import io
 import json
 import reprlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, BinaryIO, NamedTuple
 
-from compressed_format.checkpoint.strict_json import parse_object
+from compressed_format.checkpoint.json_stream import JsonStream
 from compressed_format.dtypes import DTYPES, DTYPES_BY_SAFETENSORS_CODE
 from compressed_format.errors import CheckpointError, Problem
 
-__all__ = ["ALIGNMENT", "LENGTH_BYTES", "MAX_HEADER_BYTES", "TensorSpec", "build_header", "byte_size", "parse_header"]
+__all__ = [
+    "ALIGNMENT",
+    "LENGTH_BYTES",
+    "MAX_HEADER_BYTES",
+    "MAX_TENSORS",
+    "MOST_PROBLEMS",
+    "TensorSpec",
+    "build_header",
+    "byte_size",
+    "parse_header",
+    "read_header",
+    "show_name",
+]
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 """What the safetensors library accepts, so what is written here must stay below it, too."""
+MAX_TENSORS = 2**18
+"""In one file. Knowing of a tensor takes some 300 bytes, whatever its size; the largest mixtures of experts that there
+are have as many tensors in all of their files."""
+MOST_PROBLEMS = 100
+"""Listed of one file. A file in which everything is wrong must not fill the memory with words about it."""
 ALIGNMENT = 64
 """Data starts at a multiple of this: a cache line, and the widest vector register of any CPU."""
 
 _METADATA = "__metadata__"
 _ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
 _LARGEST_SIZE = 2**63 - 1
+_LONGEST_NAME = 300
 
 
-@dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """One tensor of a checkpoint, as its header tells it.
 
     ``dtype`` is torch's name without ``torch.``; ``file`` is the shard's name relative to the checkpoint's folder;
@@ -81,37 +101,87 @@ def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: 
 
 
 def parse_header(text: bytes, *, file: str, file_size: int) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+    """:func:`read_header` of ``text``, the JSON without its length field."""
+    return read_header(io.BytesIO(text), len(text), file=file, file_size=file_size)
+
+
+def read_header(
+    source: BinaryIO, length: int, *, file: str, file_size: int
+) -> tuple[dict[str, TensorSpec], dict[str, str]]:
     """The tensors, in the order of their data, and the metadata of a header.
 
-    ``text`` is the JSON without its length field, ``file_size`` the size of the whole file, and ``file`` the name
-    for specs and messages. Raises :class:`CheckpointError` with every problem of the header.
+    ``source`` stands where its JSON begins, which takes ``length`` bytes and is never held whole; ``file_size`` is the
+    size of the whole file, and ``file`` the name for specs and messages. Raises :class:`CheckpointError` with every
+    problem of the header, or the first :data:`MOST_PROBLEMS` of them.
     """
+    problems: list[Problem] = []
+    metadata: dict[str, str] | None = None
+    tensors: dict[str, TensorSpec] = {}
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # few among many tensors: held once
+    data_start = LENGTH_BYTES + length
     try:
-        members = parse_object(text)
+        with _without_collections():
+            for name, entry in JsonStream(source, length).members():
+                if name == _METADATA:
+                    if metadata is not None:
+                        raise ValueError(f"the key {_METADATA!r} occurs twice in one object")
+                    metadata = entry
+                    if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
+                        metadata = {}
+                        message = "must be an object whose values are all strings"
+                        problems.append(Problem(f"{file}: {_METADATA}", message))
+                    continue
+                if name in tensors:
+                    raise ValueError(f"the key {reprlib.repr(name)} occurs twice in one object")
+                if len(tensors) == MAX_TENSORS:
+                    raise ValueError(f"it has more than {MAX_TENSORS} tensors: split the file into shards")
+                spec = _parse_entry(entry, file, data_start, file_size, shapes)
+                if isinstance(spec, str):
+                    problems.append(Problem(f"{file}: {show_name(name)}", spec))
+                    if len(problems) == MOST_PROBLEMS:
+                        raise CheckpointError(problems=problems)
+                    spec = _UNREADABLE
+                tensors[name] = spec
     except ValueError as error:
         raise CheckpointError(problems=[Problem(file, f"its header cannot be read: {error}")]) from error
-    problems: list[Problem] = []
-    metadata = members.pop(_METADATA, {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        problems.append(Problem(f"{file}: {_METADATA}", "must be an object whose values are all strings"))
-    data_start = LENGTH_BYTES + len(text)
-    tensors: dict[str, TensorSpec] = {}
-    for name, entry in members.items():
-        spec = _parse_entry(entry, file, data_start, file_size)
-        if isinstance(spec, str):
-            problems.append(Problem(f"{file}: {name}", spec))
-        else:
-            tensors[name] = spec
     if not problems:  # with an entry missing, everything behind it would look like a hole
-        tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)))
-        problems.extend(_layout_problems(tensors, file, data_start, file_size))
+        in_order = all(
+            first.start <= second.start and first.stop <= second.stop
+            for first, second in zip(tensors.values(), islice(tensors.values(), 1, None), strict=False)
+        )
+        if not in_order:
+            tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)))
+        problems.extend(islice(_layout_problems(tensors, file, data_start, file_size), MOST_PROBLEMS))
     if problems:
         raise CheckpointError(problems=problems)
-    return tensors, metadata
+    return tensors, metadata or {}
 
 
-def _parse_entry(entry: Any, file: str, data_start: int, file_size: int) -> TensorSpec | str:
-    """The spec of one entry, or what is wrong with it."""
+def show_name(name: str) -> str:
+    """A tensor's name for messages: as it is, unless it is absurdly long or would do things to a terminal."""
+    return name if len(name) <= _LONGEST_NAME and name.isprintable() else reprlib.repr(name)
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Without the garbage collector, which would look through all the tensors found so far again and again, while
+    nothing here makes cycles."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+_UNREADABLE = TensorSpec("", (), "", 0, 0)  # in the place of an entry that is wrong, so that its name is known
+
+
+def _parse_entry(
+    entry: Any, file: str, data_start: int, file_size: int, shapes: dict[tuple[int, ...], tuple[int, ...]]
+) -> TensorSpec | str:
+    """The spec of one entry, or what is wrong with it; ``shapes`` are those seen before."""
     if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
         return f"must be an object with exactly the keys {', '.join(sorted(_ENTRY_KEYS))}"
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -134,19 +204,28 @@ def _parse_entry(entry: Any, file: str, data_start: int, file_size: int) -> Tens
         return f"shape {reprlib.repr(shape)} of {dtype.name} takes {size} bytes, data_offsets {offsets} span another"
     if data_start + offsets[1] > file_size:
         return f"data_offsets {offsets} reach past the end of the {file_size - data_start} bytes of data"
-    return TensorSpec(dtype.name, tuple(shape), file, data_start + offsets[0], data_start + offsets[1])
+    sizes = tuple(shape)
+    sizes = shapes.setdefault(sizes, sizes)
+    return TensorSpec(dtype.name, sizes, file, data_start + offsets[0], data_start + offsets[1])
 
 
-def _layout_problems(tensors: Mapping[str, TensorSpec], file: str, position: int, file_size: int) -> Iterable[Problem]:
+def _layout_problems(tensors: Mapping[str, TensorSpec], file: str, position: int, file_size: int) -> Iterator[Problem]:
     for name, spec in tensors.items():
         if spec.start != position:
             what = "overlaps the tensor before it" if spec.start < position else "leaves a hole before it"
-            yield Problem(f"{file}: {name}", f"starts at byte {spec.start} of the file, not at {position}: it {what}")
+            yield Problem(
+                f"{file}: {show_name(name)}", f"starts at byte {spec.start} of the file, not at {position}: it {what}"
+            )
         position = max(position, spec.stop)
     if position != file_size:
         yield Problem(file, f"its tensors end at byte {position}, the file at {file_size}")
 
 
 def _is_list_of_sizes(value: Any) -> bool:
-    # type() and not isinstance(): true and false are no sizes.
-    return isinstance(value, list) and all(type(item) is int and 0 <= item <= _LARGEST_SIZE for item in value)
+    if not isinstance(value, list):
+        return False
+    for item in value:  # noqa: SIM110  # a generator for each of a million short lists takes most of the time
+        # type() and not isinstance(): true and false are no sizes.
+        if type(item) is not int or not 0 <= item <= _LARGEST_SIZE:
+            return False
+    return True

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
+import reprlib
 from collections.abc import Mapping
 from pathlib import PureWindowsPath
-from typing import Literal, get_args
+from typing import BinaryIO, Literal, get_args
 
-from compressed_format.checkpoint.strict_json import parse_object
+from compressed_format.checkpoint.header import MOST_PROBLEMS, show_name
+from compressed_format.checkpoint.json_stream import OBJECT, JsonStream
 from compressed_format.errors import CheckpointError, Problem
 
 __all__ = [
     "INDEX_SUFFIX",
+    "MAX_TENSORS",
     "STEMS",
     "Stem",
     "build_index",
     "file_name_problem",
     "index_file",
     "parse_index",
+    "read_index",
     "single_file",
 ]
 
@@ -25,6 +30,11 @@ Stem = Literal["model", "diffusion_pytorch_model"]
 STEMS: tuple[Stem, ...] = get_args(Stem)
 """How the names of files of tensors begin: everywhere, and in the folders of a pipeline of diffusers."""
 INDEX_SUFFIX = ".safetensors.index.json"
+MAX_TENSORS = 2**19
+"""In one checkpoint; the largest mixtures of experts have three hundred thousand."""
+
+_WEIGHT_MAP = "weight_map"
+_MOST_KEYS = 1000
 
 
 def single_file(stem: Stem) -> str:
@@ -44,32 +54,65 @@ def build_index(weight_map: Mapping[str, str], total_size: int) -> bytes:
 
 
 def parse_index(data: bytes, *, place: str) -> dict[str, str]:
+    """:func:`read_index` of the bytes of an index."""
+    return read_index(io.BytesIO(data), len(data), place=place)
+
+
+def read_index(source: BinaryIO, length: int, *, place: str) -> dict[str, str]:
     """Tensor name to shard name, each shard's name being safe to join with the folder's.
 
-    Raises :class:`CheckpointError` with every problem; ``place`` is the index's name in messages.
+    ``source`` yields the ``length`` bytes of the index, which are never held whole. Raises :class:`CheckpointError`
+    with every problem, or the first :data:`MOST_PROBLEMS` of them; ``place`` is the index's name in messages.
     """
     try:
-        weight_map = parse_object(data).get("weight_map")
+        return _weight_map(JsonStream(source, length), place)
     except ValueError as error:
         raise CheckpointError(problems=[Problem(place, f"the index cannot be read: {error}")]) from error
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(problems=[Problem(f"{place}: weight_map", "must be an object: tensor name to file name")])
+
+
+def _weight_map(stream: JsonStream, place: str) -> dict[str, str]:
+    weight_map: dict[str, str] = {}
+    files: dict[str, str] = {}  # one string for each file, and one problem, not for each tensor in it
     problems: list[Problem] = []
-    first_with: dict[str, str] = {}  # one problem for each file, not for each tensor in it
-    for tensor, file in weight_map.items():
-        if not isinstance(file, str):
-            problems.append(Problem(f"{place}: weight_map.{tensor}", "must be the name of a file"))
-        else:
-            first_with.setdefault(file, tensor)
-    for file, tensor in first_with.items():
-        reason = file_name_problem(file)
-        if reason is None and not file.endswith(".safetensors"):
-            reason = "is no .safetensors file, and no other kind is ever read"
-        if reason is not None:
-            problems.append(Problem(f"{place}: weight_map.{tensor}", f"the file name {file!r} {reason}"))
+    keys: set[str] = set()
+    found = False
+    for key, value in stream.members(nested=(_WEIGHT_MAP,)):
+        if key in keys:
+            raise ValueError(f"the key {reprlib.repr(key)} occurs twice in one object")
+        keys.add(key)
+        if len(keys) > _MOST_KEYS:
+            raise ValueError(f"it has more than {_MOST_KEYS} keys beside {_WEIGHT_MAP}")
+        if value is not OBJECT:
+            continue
+        found = True
+        for tensor, file in stream.members():
+            if tensor in weight_map:
+                raise ValueError(f"the key {reprlib.repr(tensor)} occurs twice in one object")
+            if len(weight_map) == MAX_TENSORS:
+                raise ValueError(f"it has more than {MAX_TENSORS} tensors")
+            reason = None
+            if not isinstance(file, str):
+                reason = "must be the name of a file"
+            elif file not in files:
+                files[file] = file
+                reason = _shard_name_problem(file)
+            if reason is not None:
+                problems.append(Problem(f"{place}: {_WEIGHT_MAP}.{show_name(tensor)}", reason))
+                if len(problems) == MOST_PROBLEMS:
+                    raise CheckpointError(problems=problems)
+            weight_map[tensor] = files[file] if isinstance(file, str) else ""
+    if not found:
+        problems.append(Problem(f"{place}: {_WEIGHT_MAP}", "must be an object: tensor name to file name"))
     if problems:
         raise CheckpointError(problems=problems)
     return weight_map
+
+
+def _shard_name_problem(file: str) -> str | None:
+    reason = file_name_problem(file)
+    if reason is None and not file.endswith(".safetensors"):
+        reason = "is no .safetensors file, and no other kind is ever read"
+    return None if reason is None else f"the file name {reprlib.repr(file)} {reason}"
 
 
 def file_name_problem(name: str) -> str | None:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from compressed_format.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES, TensorSpec, parse_header
+from compressed_format.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES, TensorSpec, read_header
+from compressed_format.checkpoint.index import read_index
 from compressed_format.errors import CheckpointError, Problem
 
-__all__ = ["ShardFile", "read_regular"]
+__all__ = ["ShardFile", "read_regular", "read_shard_names"]
 
 # A private mapping of a file takes no memory until it is written to; without this, Linux refuses to map a file that
 # is larger than the machine's memory.
@@ -46,10 +47,8 @@ class ShardFile:
                 raise _error(name, f"its header claims {length} bytes, the whole file has {status.st_size}")
             if not start.endswith(b"{"):  # seen before anything long is read
                 raise _error(name, "its header does not start with an opening brace: this is no safetensors file")
-            text = b"{" + source.read(length - 1)
-            if len(text) != length:
-                raise _error(name, "became shorter while it was read")
-        tensors, metadata = parse_header(text, file=name, file_size=status.st_size)
+            source.seek(LENGTH_BYTES)
+            tensors, metadata = read_header(source, length, file=name, file_size=status.st_size)
         return cls(folder / name, name, tensors, metadata, status)
 
     def map(self) -> mmap.mmap:
@@ -67,8 +66,16 @@ class ShardFile:
             return mmap.mmap(source.fileno(), 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=protection)
 
 
+def read_shard_names(folder: Path, name: str) -> dict[str, str]:
+    """The index ``name`` of a folder: :func:`read_index`. Raises :class:`CheckpointError`."""
+    with _opened(folder, name) as (source, status):
+        if status.st_size > MAX_HEADER_BYTES:
+            raise _error(name, f"has {status.st_size} bytes, and more than {MAX_HEADER_BYTES} are not read")
+        return read_index(source, status.st_size, place=name)
+
+
 def read_regular(folder: Path, name: str) -> bytes:
-    """The content of a small file, such as an index. Raises :class:`CheckpointError`."""
+    """The content of a small file. Raises :class:`CheckpointError`."""
     with _opened(folder, name) as (source, status):
         if status.st_size > MAX_HEADER_BYTES:
             raise _error(name, f"has {status.st_size} bytes, and more than {MAX_HEADER_BYTES} are not read")

@@ -7,10 +7,11 @@ import reprlib
 from collections import Counter
 from typing import Any, NoReturn
 
-__all__ = ["parse_object"]
+__all__ = ["parse_object", "refuse_constant", "unique_members"]
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The members of an object. Raises ``ValueError`` for a key that occurs twice."""
     members = dict(pairs)
     if len(members) != len(pairs):
         (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
@@ -18,7 +19,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-def _constant(text: str) -> NoReturn:
+def refuse_constant(text: str) -> NoReturn:
+    """Raises ``ValueError``: ``NaN`` and the infinities are no JSON, though Python writes them."""
     raise ValueError(f"{text} is not a JSON value")
 
 
@@ -28,7 +30,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
     Raises ``ValueError``, with a reason that completes a sentence, for anything else.
     """
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique_members, parse_constant=refuse_constant)
         if b"\\u" in data:  # an escape may stand for half a surrogate pair, a string that cannot even be printed
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
