@@ -37,7 +37,9 @@ _EXPORTS = {
     "backend_info": "ops",
     "check": "checking",
     "compress": "compression.in_place",
+    "compress_checkpoint": "streaming",
     "decompress": "compression.in_place",
+    "decompress_checkpoint": "streaming",
     "dequantize": "quantization",
     "diff_checkpoints": "comparison",
     "disable_transformers": "takeover",
@@ -78,6 +80,7 @@ if TYPE_CHECKING:
     from compressed_format.quantization import QuantizedWeight, dequantize, quantize
     from compressed_format.reading import CheckpointReader, open_checkpoint
     from compressed_format.save import save_compressed
+    from compressed_format.streaming import compress_checkpoint, decompress_checkpoint
     from compressed_format.takeover import disable_transformers, enable_transformers
 
 

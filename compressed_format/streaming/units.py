@@ -14,7 +14,7 @@ import torch
 from compressed_format.checkpoint.spans import read_span, write_span
 
 from compressed_format.compression.weights import compressed_tensors
-from compressed_format.config import Assignment, QuantizationStrategy
+from compressed_format.config import Assignment, CompressionFormat, QuantizationStrategy
 from compressed_format.dtypes import torch_dtype
 from compressed_format.errors import Problem, QuantizationError
 from compressed_format.quantization import weight_scales
@@ -227,7 +227,7 @@ class DecompressRows:
             tensors = {
                 suffix: self.tensors[suffix].read(part)
                 for suffix, part in self.layout.rows_of_tensors(rows).items()
-                if suffix != "compressed" or part is not None
+                if suffix != "compressed" or self.layout.sparsity is not CompressionFormat.SPARSE_BITMASK
             }
             self.layout.cut_values(tensors, rows, self._values)
             if self.device is not None:
@@ -268,22 +268,26 @@ def _compressed_slabs(
             step = matrix.rows  # what it minimises is of the whole tensor
         else:
             # The scale follows from the extremes alone.
-            found = [torch.stack(torch.aminmax(_on(device, slab))) for _, slab in matrix.slabs((0, matrix.rows), step)]
+            found = []
+            for part, slab in matrix.slabs((0, matrix.rows), step):
+                found.append(torch.stack(torch.aminmax(_on(device, slab))))
+                if not torch.isfinite(found[-1]).all():
+                    raise _not_finite(slab, layout.place, part[0])
             scales = weight_scales(torch.cat(found).unsqueeze(0), args, place=f"{layout.place}.weight")
     for part, slab in matrix.slabs(rows, step):
-        weight = _on(device, slab)
         try:
-            yield part, compressed_tensors(weight, assignment, layout.place, scales=scales)
+            yield part, compressed_tensors(_on(device, slab), assignment, layout.place, scales=scales)
         except QuantizationError:
-            finite = torch.isfinite(weight)
-            if finite.all():
+            if torch.isfinite(slab).all():
                 raise
-            row, column = (~finite).nonzero()[0].tolist()
-            message = (
-                f"holds {weight[row, column].item()} at index {[row + part[0], column]}; weights must be finite "
-                "to be quantized"
-            )
-            raise QuantizationError(problems=[Problem(f"{layout.place}.weight", message)]) from None
+            raise _not_finite(slab, layout.place, part[0]) from None  # by its place in the whole weight
+
+
+def _not_finite(slab: torch.Tensor, place: str, first: int) -> QuantizationError:
+    row, column = (~torch.isfinite(slab)).nonzero()[0].tolist()
+    value = slab[row, column].item()
+    message = f"holds {value} at index {[first + row, column]}; a weight must be finite to be quantized"
+    return QuantizationError(problems=[Problem(f"{place}.weight", message)])
 
 
 def _on(device: str | None, tensor: torch.Tensor) -> torch.Tensor:
