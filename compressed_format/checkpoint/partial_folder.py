@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from compressed_format.checkpoint import syscalls
@@ -100,16 +100,28 @@ class PartialFolder:
                 rest = rest[syscalls.write(descriptor, rest) :]
             syscalls.set_size(descriptor, size)
 
-    def sync_files(self, names: Collection[str]) -> None:
-        """Bring the bytes of files to the disk, whoever wrote them."""
-        for name in names:
-            path = self._path_of(name)
-            with blaming(path, "cannot be synced to the disk"):
-                descriptor = syscalls.open_file(path)
-                try:
+    @contextmanager
+    def synced(self, names: Collection[str]) -> Iterator[None]:
+        """Files whose bytes are on the disk when the context ends, whoever writes them meanwhile.
+
+        They are open throughout: the system tells each open file of a failed write once, whoever else was told.
+        """
+        with ExitStack() as opened:
+            descriptors: dict[Path, int] = {}
+            for path in map(self._path_of, names):
+                with blaming(path, "cannot be opened"):
+                    descriptors[path] = syscalls.open_file(path)
+                opened.callback(os.close, descriptors[path])
+            yield
+            for path, descriptor in descriptors.items():
+                with blaming(path, "cannot be synced to the disk"):
                     syscalls.sync(descriptor)
-                finally:
-                    syscalls.close(descriptor)
+
+    def sync_files(self, names: Iterable[str]) -> None:
+        """Bring the bytes of files to the disk."""
+        for name in names:
+            with self.synced([name]):
+                pass
 
     def sync_folders(self) -> None:
         """Bring the names of all files to the disk."""

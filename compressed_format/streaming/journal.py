@@ -68,18 +68,16 @@ class Journal:
             if path.is_symlink() or not path.is_file() or path.stat().st_size > _MAX_BYTES:
                 raise _damaged(path, "is no journal of a job")
             data = path.read_bytes()
-        records: list[dict[str, Any]] = []
-        size = 0
-        lines = data.splitlines(keepends=True)
-        for number, line in enumerate(lines):
-            record = _parse(line)
-            if record is not None:
-                records.append(record)
-                size += len(line)
-            elif number < len(lines) - 1:
-                raise _damaged(path, f"line {number + 1} is damaged")
-        if not records:
+        lines = data.split(b"\n")
+        parsed = [_parse(line) for line in lines[:-1]]  # what is behind the last line's end was never finished
+        while len(parsed) > 1 and parsed[-1] is None:
+            parsed.pop()
+        if not parsed:
             return None
+        records = [record for record in parsed if record is not None]
+        if len(records) < len(parsed):
+            raise _damaged(path, f"line {parsed.index(None) + 1} is damaged")
+        size = sum(len(line) + 1 for line in lines[: len(parsed)])
         if "job" not in records[0]:
             raise _damaged(path, "does not begin with a job's identity")
         with blaming(path, "cannot be written"):
@@ -127,10 +125,8 @@ class Journal:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     """The record of a line, or ``None`` for one that is torn or garbled."""
-    if not line.endswith(b"\n") or line[8:9] != b" ":
-        return None
-    text = line[9:-1]
-    if line[:8] != b"%08x" % zlib.crc32(text):
+    text = line[9:]
+    if line[:9] != b"%08x " % zlib.crc32(text):
         return None
     with suppress(ValueError):
         return parse_object(text)
