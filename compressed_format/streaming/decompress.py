@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from compressed_format.streaming.engine import run_job
 from frozendict import frozendict
 
 from compressed_format.checkpoint.shards import parse_shard_size
@@ -29,6 +28,7 @@ from compressed_format.errors import (
 from compressed_format.formats.base import StoredTensor
 from compressed_format.reading import CheckpointReader, StoredModule, open_checkpoint
 from compressed_format.reading.layout import Range, weight_specs
+from compressed_format.streaming.engine import run_job
 from compressed_format.streaming.job_builder import JobBuilder, Source
 from compressed_format.streaming.outputs import OutputTensor
 from compressed_format.streaming.sources import StoredTensorSpan
@@ -75,7 +75,7 @@ def decompress_checkpoint(
     refused = unserved(reader.config)
     if refused:
         raise UnsupportedFormatError("the checkpoint cannot be decompressed here:", refused)
-    for problem in (*reader.warnings, *reader.resolution.warnings):
+    for problem in reader.warnings:
         warnings.warn(str(problem), CompressedFormatWarning, stacklevel=2)
     modules = _compressed_modules(reader)
     gone = {
