@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 from compressed_format.checking import codes
 from compressed_format.checking.notebook import Notebook
-from compressed_format.checkpoint.shard_file import read_regular
 from compressed_format.config import (
     FORMAT_VERSION,
     CompressionFormat,
@@ -19,9 +19,9 @@ from compressed_format.config import (
     TransformLocation,
     resolve_targets,
 )
-from compressed_format.config.json_text import parse_json
-from compressed_format.config.report import show
-from compressed_format.errors import CheckpointError, ConfigError, TargetError
+from compressed_format.config.json_text import parse_json, read_bytes, repeated_keys
+from compressed_format.config.report import Report, show
+from compressed_format.errors import CheckpointError, ConfigError, Problem, TargetError
 
 __all__ = ["ModelConfig", "authored_config", "is_of_a_model", "model_config", "read_json"]
 
@@ -47,7 +47,13 @@ class ModelConfig:
 
 def read_json(path: Path) -> Any:
     """The JSON in a regular file; raises :class:`CheckpointError` and :class:`ConfigError`."""
-    return parse_json(read_regular(path.parent, path.name), str(path))
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise CheckpointError(problems=[Problem(str(path), f"cannot be read: {error.strerror or error}")]) from error
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(problems=[Problem(str(path), "is a folder, a device or a pipe, not a file")])
+    return parse_json(read_bytes(path), str(path))
 
 
 def is_of_a_model(content: Any) -> bool:
@@ -88,6 +94,9 @@ def model_config(content: Any, notebook: Notebook, *, source: str = "config.json
     except (ConfigError, CheckpointError) as error:
         notebook.add_error(codes.CONFIG, error)
     if isinstance(raw, Mapping):
+        report = Report(lenient=True)
+        repeated_keys(raw, place, report)
+        notebook.add_all(codes.CONFIG_DOUBT.of(problem) for problem in report.warnings)
         _check_status(raw, place, notebook)
         _check_version(raw, place, notebook)
     if config is not None:

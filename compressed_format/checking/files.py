@@ -12,9 +12,9 @@ from compressed_format.checking import codes
 from compressed_format.checking.findings import Code
 from compressed_format.checking.notebook import Notebook
 from compressed_format.checkpoint import Checkpoint
-from compressed_format.checkpoint.index import INDEX_SUFFIX, STEMS, index_file, parse_index
-from compressed_format.checkpoint.shard_file import read_regular
-from compressed_format.checkpoint.strict_json import parse_object
+from compressed_format.checkpoint.index import INDEX_SUFFIX, STEMS, index_file
+from compressed_format.checkpoint.json_stream import OBJECT, JsonStream
+from compressed_format.checkpoint.shard_file import read_shard_names
 from compressed_format.config.report import show
 from compressed_format.errors import CheckpointError, Problem
 
@@ -59,9 +59,8 @@ def check_index(checkpoint: Checkpoint, notebook: Notebook) -> None:
     if name is None:
         return
     try:
-        data = read_regular(checkpoint.folder, name)
-        weight_map = parse_index(data, place=name)
-        metadata = parse_object(data).get("metadata")
+        weight_map = read_shard_names(checkpoint.folder, name)
+        total = _total_size(checkpoint.folder / name)
     except CheckpointError as error:
         notebook.add_error(codes.INDEX, error)
         return
@@ -71,11 +70,26 @@ def check_index(checkpoint: Checkpoint, notebook: Notebook) -> None:
         if weight_map.get(tensor) != checkpoint.spec(tensor).file:
             file = checkpoint.spec(tensor).file
             notebook.alike(codes.INDEX_CONTENT, f"{name}: weight_map.{tensor}", f"must say {file}, where the tensor is")
-    total = metadata.get("total_size") if isinstance(metadata, dict) else None
     held = sum(checkpoint.spec(tensor).nbytes for tensor in checkpoint)
     if total is not None and total != held:
         message = f"is {show(total)}, and the tensors take {held} bytes: write {held}"
         notebook.add(codes.TOTAL_SIZE, f"{name}: metadata.total_size", message)
+
+
+def _total_size(file: Path) -> object:
+    """What an index, which could be read, says of its tensors' size; None if nothing."""
+    try:
+        with file.open("rb") as source:
+            stream = JsonStream(source, os.fstat(source.fileno()).st_size)
+            for key, value in stream.members(nested=("weight_map",)):
+                if value is OBJECT:
+                    for _ in stream.members():
+                        pass
+                elif key == "metadata":
+                    return value.get("total_size") if isinstance(value, dict) else None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(problems=[Problem(file.name, f"cannot be read: {error}")]) from error
+    return None
 
 
 def check_companions(folder: Path, files: tuple[str, ...], content: Mapping[str, Any], notebook: Notebook) -> None:

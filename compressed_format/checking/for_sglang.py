@@ -50,7 +50,7 @@ def _check_use(plan: Plan, use: Use, weights: QuantizationArgs) -> None:
     problem = of_experts = None
     if weights.type is QuantizationType.INT and use.format is _F.PACK_QUANTIZED:
         problem = _packed_problem(plan, use, weights)
-        for layer in use.layers:
+        for layer in use.layers if problem is None else ():
             _check_sizes(plan, use, weights, layer)
     elif weights.type is QuantizationType.INT:
         problem = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from compressed_format.checking import codes
 from compressed_format.checking.notebook import Notebook
@@ -15,9 +15,10 @@ from compressed_format.config.report import nearest, show
 
 __all__ = ["HEADS", "check_names_of_modules"]
 
-HEADS = ("lm_head", "embed_out", "output_layer", "output", "proj_out", "score")
-"""What the last part of the name of an output layer is, which ``ignore`` names where it is tied, too."""
+HEADS = ("lm_head", "embed_out", "output_layer", "output", "proj_out", "score", "decoder")
+"""What the last part of an output layer's name is. Configs name it where it is tied and has no tensors, too."""
 _MOST_SUGGESTIONS = 20
+_DEEPEST_HEAD = 2
 
 
 def check_names_of_modules(
@@ -29,13 +30,20 @@ def check_names_of_modules(
 ) -> None:
     """Note modules that are compressed and should not be, the reverse, and entries that mean nothing."""
     _check_modules(config, classes, resolution, stored, notebook)
-    _check_ignore_entries(config, stored, notebook)
+    _check_ignore_entries(config, resolution, stored, notebook)
     without_weights = {
         f"config_groups.{name}.targets" for name, group in config.config_groups.items() if not group.weights
     }
+    heads = tuple(
+        f"{show(target)} matches no module"
+        for group in config.config_groups.values()
+        for target in group.targets
+        if target.rpartition(".")[2] in HEADS
+    )
     for problem in resolution.warnings:
-        if problem.place == "ignore" or problem.place in without_weights:
-            continue  # looked at above; targets of attention modules, which no tensor's name tells
+        # Entries of ignore are looked at above; of attention modules, and of heads that are tied, no tensor tells.
+        if problem.place == "ignore" or problem.place in without_weights or problem.message.startswith(heads):
+            continue
         of_targets = problem.place.startswith(("config_groups.", "sparsity_config."))
         notebook.add_all([(codes.TARGET_UNMATCHED if of_targets else codes.RESOLUTION).of(problem)])
 
@@ -77,30 +85,41 @@ def _check_modules(
                 notebook.add(codes.DENSE_UNNAMED, name, message)
 
 
-def _check_ignore_entries(config: QuantizationConfig, stored: Stored, notebook: Notebook) -> None:
-    """Entries that match no module with tensors; heads may be tied, and then have none."""
+def _check_ignore_entries(
+    config: QuantizationConfig, resolution: TargetResolution, stored: Stored, notebook: Notebook
+) -> None:
+    """Entries that match no module with tensors.
+
+    Files name modules as the checkpoint does and as the model does, for readers of both kinds: an entry that matches
+    nothing is fine where one is ignored that is called alike at the end. Heads may be tied, and have no tensors then.
+    """
     entries = TargetTable(config.ignore)
-    known = [NamedModule(name, ()) for name in stored.modules]
-    prefixes = {name.rpartition(".")[0] for name in stored.modules} | {""}
-    parents = {prefix.rpartition(".")[0] for prefix in prefixes} | prefixes
-    heads = [
-        NamedModule(f"{parent}.{head}".lstrip("."), ()) for parent in parents if parent.count(".") < 2 for head in HEADS
-    ]
-    for module in (*known, *heads):
+    modules = [NamedModule(name, ()) for name in stored.modules]
+    parents = {parent for name in stored.modules for parent in _parents(name)}
+    outer = {parent for parent in parents if parent.count(".") < _DEEPEST_HEAD}
+    modules += [NamedModule(f"{parent}.{head}".lstrip("."), ()) for parent in sorted(outer) for head in HEADS]
+    for module in modules:
         entries.winner(module)
-    names = set(stored.modules)
-    every_parent = {name[:index] for name in names for index, symbol in enumerate(name) if symbol == "."}
-    for index, entry in enumerate(entries.unmatched([*known, *heads])):
+    leaves = {name.rpartition(".")[2] for name in resolution.ignored} | set(HEADS)
+    for index, entry in enumerate(entries.unmatched(modules)):
         if not is_pattern(entry) and "." not in entry and entry[:1].isupper():
             continue  # a class, of which names tell nothing
         message = f"{show(entry)} matches no module of the checkpoint"
-        if entry in every_parent:
+        if entry in parents:
             message = (
-                f"{show(entry)} names a module without a weight, and nothing below it: write {show('re:' + entry)}"
+                f"{show(entry)} names a module without a weight, and nothing below it; write {show('re:' + entry)}"
             )
-        elif not is_pattern(entry) and index < _MOST_SUGGESTIONS:
-            leaf = entry.rpartition(".")[2]
-            same = next((name for name in names if name.rpartition(".")[2] == leaf), None)
-            guess = same or nearest(entry, names, cutoff=0.8)
+        elif not is_pattern(entry):
+            if entry.rpartition(".")[2] in leaves:
+                continue
+            guess = nearest(entry, stored.modules, cutoff=0.8) if index < _MOST_SUGGESTIONS else None
             message += f"; did you mean {show(guess)}?" if guess else ""
         notebook.add(codes.IGNORE_UNMATCHED, "ignore", message)
+
+
+def _parents(name: str) -> Iterator[str]:
+    """The names of the modules that a module is in, the outermost first; that of the whole is empty."""
+    yield ""
+    for index, symbol in enumerate(name):
+        if symbol == ".":
+            yield name[:index]

@@ -29,17 +29,14 @@ def told_layout(
         if words not in (dense, aligned):
             return None
         layout = PackLayout.DENSE if words == dense else PackLayout.WORD_ALIGNED
-        other = aligned if words == dense else dense
-        return layout, f"{words} words hold {columns} codes, and the other one would take {other}"
+        return layout, "in the other one, its rows would have another number of words"
     match = re.match(r"(\d{1,6})\.(\d{1,6})", version or "")
     if match is not None and (int(match[1]), int(match[2])) >= _FIRST_DENSE:
         return PackLayout.DENSE, f"version {version} wrote it"
+    if reader is None and match is None:
+        return None
     if reader is None:
-        return (
-            None
-            if match is None
-            else (PackLayout.WORD_ALIGNED, f"version {version} wrote it, unless its words say otherwise")
-        )
+        return PackLayout.WORD_ALIGNED, f"version {version} wrote it; only its words, which were not read, could differ"
     unused = -1 << (32 // bits * bits)
     for _, part in reader.chunks(packed):
         if bool((part.to(torch.int32) & unused).any()):

@@ -63,6 +63,7 @@ def _check_config(path: str | os.PathLike[str], place: Path, consumers: tuple[st
         if not found.is_compressed:
             notebook.add(codes.NOT_COMPRESSED, str(path), "has no quantization_config")
     else:
+        del content  # it is read again, by stricter rules
         config = authored_config(place, notebook)
     if config is not None:
         notebook.add_all(consumer_findings(config, {}, consumers))
