@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from frozendict import frozendict
+from transformers.core_model_loading import revert_weight_conversion
 
 from compressed_format.config.experts import ExpertStack, expert_stack
 from compressed_format.config.modules import list_modules
@@ -41,7 +42,8 @@ class Architecture:
 
     ``classes`` has the class of each module and its bases, most derived first; ``names`` what each is called in the
     model. ``tied`` has, for each module without a tensor of its own, the one whose weight it shares; ``missing`` are
-    those that should have one. ``stacks`` are the modules that hold experts.
+    those that should have one. ``stacks`` are the modules that hold experts, and ``stacked_in_files`` the names in the
+    model of those whose uncompressed weights transformers reads from stacked tensors only.
     """
 
     classes: Mapping[str, tuple[str, ...]]
@@ -49,6 +51,7 @@ class Architecture:
     stacks: Mapping[str, ExpertLayout]
     tied: Mapping[str, str]
     missing: tuple[str, ...]
+    stacked_in_files: tuple[str, ...]
 
 
 def known_architecture(folder: Path, tensors: Iterable[str]) -> Architecture | None:
@@ -94,7 +97,28 @@ def _described(model: Any, tensors: tuple[str, ...]) -> Architecture:
                     tied[stored] = stored_names[present[0]]
                 else:
                     missing.append(stored)
-    return Architecture(frozendict(classes), frozendict(names), frozendict(stacks), frozendict(tied), tuple(missing))
+    return Architecture(
+        frozendict(classes),
+        frozendict(names),
+        frozendict(stacks),
+        frozendict(tied),
+        tuple(missing),
+        _stacked_in_files(model),
+    )
+
+
+def _stacked_in_files(model: Any) -> tuple[str, ...]:
+    found = []
+    for name, module in model.named_modules():
+        stack = expert_stack(module)
+        if stack is not None:
+            # What transformers makes of one expert with one row for each projection, when it saves it.
+            up = "gate_up_proj" if len(stack.projections) == 3 else "up_proj"
+            rows = torch.zeros(1, len(stack.projections), 1, device="cpu")
+            dense = {f"{name}.{up}": rows[:, :-1], f"{name}.down_proj": rows[:, -1:]}
+            if any(stored.endswith(f".{up}") for stored in revert_weight_conversion(model, dense)):
+                found.append(name)
+    return tuple(found)
 
 
 def _stacks(model: Any, names: Mapping[str, str]) -> dict[str, ExpertLayout]:

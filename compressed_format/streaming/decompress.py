@@ -32,6 +32,7 @@ from compressed_format.streaming.engine import run_job
 from compressed_format.streaming.job_builder import JobBuilder, Source
 from compressed_format.streaming.outputs import OutputTensor
 from compressed_format.streaming.sources import StoredTensorSpan
+from compressed_format.streaming.targets import architecture_of
 from compressed_format.streaming.units import DecompressRows, Placement, Task, slab_rows
 
 __all__ = ["decompress_checkpoint"]
@@ -78,6 +79,7 @@ def decompress_checkpoint(
     for problem in reader.warnings:
         warnings.warn(str(problem), CompressedFormatWarning, stacklevel=2)
     modules = _compressed_modules(reader)
+    _refuse_experts_kept_stacked(source, modules)
     gone = {
         f"{name}.{suffix}" for name, module in modules.items() for suffix in module.tensors if _goes(module, suffix)
     }
@@ -119,6 +121,19 @@ def _compressed_modules(reader: CheckpointReader) -> dict[str, StoredModule]:
     if problems:
         raise FormatError("the checkpoint contradicts itself:", problems)
     return found
+
+
+def _refuse_experts_kept_stacked(source: Source, modules: Iterable[str]) -> None:
+    """Raise :class:`UnsupportedFormatError` for experts that nobody would find one by one once they are dense."""
+    if not any(".experts." in name for name in modules):
+        return
+    architecture = architecture_of(source)
+    if architecture is not None and architecture.stacked_in_files:
+        message = (
+            "transformers reads the uncompressed experts of this architecture from stacked tensors only, and they "
+            "would be written one by one; load_compressed, decompress and save_pretrained stack them"
+        )
+        raise UnsupportedFormatError(problems=[Problem(architecture.stacked_in_files[0], message)])
 
 
 def _problems(module: StoredModule) -> list[Problem]:

@@ -29,7 +29,7 @@ from compressed_format.streaming.weights import FusedExperts, SourceWeight, fuse
 if TYPE_CHECKING:
     from compressed_format.integrations.architecture import Architecture
 
-__all__ = ["TargetPlan", "plan_targets"]
+__all__ = ["TargetPlan", "architecture_of", "plan_targets"]
 
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
 
@@ -104,7 +104,7 @@ def _modules(source: Source) -> _Modules:
     weights = source_weights(checkpoint, source.files)
     model_type = content.get("model_type")
     fused = fused_experts(checkpoint, model_type if isinstance(model_type, str) else None)
-    architecture = _architecture(source)
+    architecture = architecture_of(source)
     names: Mapping[str, str] = {}
     doubts: list[Problem] = []
     classes: dict[str, tuple[str, ...]] = {name: (weight.kind,) for name, weight in weights.items()}
@@ -125,7 +125,7 @@ def _modules(source: Source) -> _Modules:
     return _Modules(weights, fused, classes, tied, names, doubts)
 
 
-def _architecture(source: Source) -> Architecture | None:
+def architecture_of(source: Source) -> Architecture | None:
     """What transformers knows of it, where it is installed and knows anything."""
     if source.content is None or "model_type" not in source.content or find_spec("transformers") is None:
         return None

@@ -308,7 +308,7 @@ def test_stacked_experts_are_written_one_by_one(transposed: bool, interleaved: b
     folder = saved(tmp_path / "fused", {**stacked, "model.layers.0.mlp.gate.weight": torch.randn(3, 64)})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("compressed_format.streaming.weights.INTERLEAVED", frozenset({"in-turn"}))
-        patch.setattr("compressed_format.streaming.targets._architecture", lambda source: None)
+        patch.setattr("compressed_format.streaming.targets.architecture_of", lambda source: None)
         model_type = "in-turn" if interleaved else "other"
         (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
         config = QuantizationConfig.from_dict(CONFIGS["int4 group asymmetric"])
