@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from frozendict import frozendict
@@ -24,7 +24,13 @@ _OF_DTYPE = ("weight_scale", "scale_packed", "compressed", "weight")
 _SLAB_VALUES = 1 << 20
 
 
-def diff_checkpoints(a: str | os.PathLike[str], b: str | os.PathLike[str], *, dequantize: bool = False) -> Difference:
+def diff_checkpoints(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    *,
+    dequantize: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Difference:
     """Which tensors, values and keys of the configs of two checkpoints differ, and by how much.
 
     ``a`` and ``b`` are what :func:`~compressed_format.checkpoint.read_checkpoint` takes. Tensors are compared under
@@ -34,7 +40,8 @@ def diff_checkpoints(a: str | os.PathLike[str], b: str | os.PathLike[str], *, de
     way; how they are stored, which is ``quantization_config`` and the metadata of headers, is then left out.
 
     Nothing is made of more than a slab at a time, so that memory is bounded, whatever the size. A tensor that is the
-    same bytes of the same file in both is not read. Raises :class:`CheckpointError`, :class:`ConfigError` and, while
+    same bytes of the same file in both is not read. ``progress`` is called with the bytes of ``a`` that are done and
+    their total. Raises :class:`CheckpointError`, :class:`ConfigError` and, while
     dequantizing, :class:`FormatError` and :class:`UnsupportedFormatError`, for what cannot be read.
     """
     if dequantize:
@@ -46,13 +53,19 @@ def diff_checkpoints(a: str | os.PathLike[str], b: str | os.PathLike[str], *, de
     names = [name for name in first.stored if name in second.stored]
     differing: list[TensorDifference] = []
     shared = 0
+    done, total = 0, sum(first.nbytes(name) for name in names)
     for name in names:
+        if progress is not None:
+            progress(done, total)
+        done += first.nbytes(name)
         if _is_shared(first, second, name):
             shared += 1
             continue
         found = _tensor_difference(first, second, name)
         if found is not None:
             differing.append(found)
+    if progress is not None:
+        progress(total, total)
     return Difference(
         first=os.fspath(a),
         second=os.fspath(b),
@@ -103,6 +116,13 @@ class _Side:
             except OSError:  # reading it will say what is wrong
                 self._identities[spec.file] = (self,)
         return self._identities[spec.file], spec.start, spec.stop, spec.dtype, spec.shape
+
+    def nbytes(self, name: str) -> int:
+        """How many bytes a tensor takes, or a weight's tensors together."""
+        module = self.weights.get(name)
+        if module is None:
+            return self.checkpoint.spec(name).nbytes
+        return sum(module.tensors[suffix].nbytes for suffix in module.layout.suffixes)
 
     def slabs(self, name: str, rows: int) -> Iterator[NDArray[Any]]:
         """The values of a weight, so many ``rows`` at a time, as flat float64 arrays."""
