@@ -91,7 +91,7 @@ def _check_without_config(found: ModelConfig, stored: Stored, notebook: Notebook
     if not compressed:
         notebook.add(codes.NOT_COMPRESSED, "", "has no quantization_config; only the files were checked")
         return
-    first, suffixes = next((name, stored.modules[name]) for name in compressed)
+    first, suffixes = next((name, stored.modules[name]) for name in stored.modules if name in compressed)
     message = f"has {', '.join(sorted(suffixes))}, and there is no quantization_config"
     notebook.add(codes.NO_CONFIG, first, f"{message} ({len(compressed)} modules in all); {codes.NO_CONFIG.way_out}")
 

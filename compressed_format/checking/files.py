@@ -22,6 +22,7 @@ __all__ = ["check_companions", "check_index", "note_problems"]
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _MOST_NAMED = 8
+_CANNOT_BE_OPENED = ("there is no such file in", "cannot be read", "is a folder, a device")
 
 
 def note_problems(error: CheckpointError, path: Path, notebook: Notebook) -> bool:
@@ -38,10 +39,8 @@ def note_problems(error: CheckpointError, path: Path, notebook: Notebook) -> boo
 
 def _kind(problem: Problem, path: Path) -> Code:
     place, message = problem.place, problem.message
-    if place.rpartition("/")[2].endswith(".safetensors") and message.startswith(
-        ("there is no such file in", "cannot be read")
-    ):
-        return codes.INDEX if path.name.endswith(INDEX_SUFFIX) or path.is_dir() else codes.UNREADABLE
+    if message.startswith(_CANNOT_BE_OPENED):
+        return codes.INDEX if _index_name(path) is not None else codes.UNREADABLE
     if place in (str(path), os.path.realpath(path)) or Path(place) == path.parent:
         return codes.UNREADABLE
     if INDEX_SUFFIX in place:
@@ -49,13 +48,17 @@ def _kind(problem: Problem, path: Path) -> Code:
     return codes.INDEX_CONTENT if message.startswith("is here, and") else codes.HEADER
 
 
+def _index_name(path: Path) -> str | None:
+    """The index that ``path`` is, or that a folder has."""
+    if path.name.endswith(INDEX_SUFFIX):
+        return path.name
+    stems = (stem for stem in STEMS if path.is_dir() and (path / index_file(stem)).exists())
+    return next((index_file(stem) for stem in stems), None)
+
+
 def check_index(checkpoint: Checkpoint, notebook: Notebook) -> None:
     """The index, where there is one: its ``total_size``, and its names if the checkpoint was read without it."""
-    given = checkpoint.path
-    name = given.name if given.name.endswith(INDEX_SUFFIX) else None
-    if name is None and given.is_dir():
-        stems = (stem for stem in STEMS if (checkpoint.folder / index_file(stem)).exists())
-        name = next((index_file(stem) for stem in stems), None)
+    name = _index_name(checkpoint.path)
     if name is None:
         return
     try:
@@ -64,8 +67,9 @@ def check_index(checkpoint: Checkpoint, notebook: Notebook) -> None:
     except CheckpointError as error:
         notebook.add_error(codes.INDEX, error)
         return
-    for tensor in weight_map.keys() - set(checkpoint):
-        notebook.alike(codes.INDEX_CONTENT, f"{name}: weight_map.{tensor}", "is in no file of the checkpoint")
+    for tensor in weight_map:
+        if tensor not in checkpoint:
+            notebook.alike(codes.INDEX_CONTENT, f"{name}: weight_map.{tensor}", "is in no file of the checkpoint")
     for tensor in checkpoint:
         if weight_map.get(tensor) != checkpoint.spec(tensor).file:
             file = checkpoint.spec(tensor).file

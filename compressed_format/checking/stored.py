@@ -123,7 +123,9 @@ class ModuleCheck:
             else:
                 code = codes.SHAPE if dtype in spec.dtypes else codes.DTYPE
                 self._notebook.add(code, self.place(suffix), f"{problem}; {code.way_out}")
-        for suffix in self.tensors.keys() - specs.keys() & KNOWN_SUFFIXES:
+        for suffix in self.tensors:
+            if suffix in specs or suffix not in KNOWN_SUFFIXES:
+                continue
             if suffix in _CACHE_OF_LINEAR and self.name.endswith(("k_proj", "v_proj")):
                 continue  # scales of a cache under their name of 2024
             message = f"is none of the tensors of its scheme, which are {', '.join(specs)}; {codes.EXTRA.way_out}"
