@@ -9,13 +9,14 @@ from concurrent.futures import Executor
 from pathlib import Path
 
 import torch
-from compressed_format.streaming.engine import run_job
 
 from compressed_format.checkpoint.shards import parse_shard_size
 from compressed_format.compression.in_place import ConfigLike, read_config
 from compressed_format.errors import CompressedFormatWarning
 from compressed_format.streaming.compression_plan import Count, counted
+from compressed_format.streaming.engine import run_job
 from compressed_format.streaming.job_builder import JobBuilder, Source
+from compressed_format.streaming.servable import refuse_unservable, unservable
 from compressed_format.streaming.targets import plan_targets
 
 __all__ = ["compress_checkpoint"]
@@ -32,6 +33,7 @@ def compress_checkpoint(
     executor: Executor | None = None,
     progress: Callable[[int, int], None] | None = None,
     overwrite: bool = False,
+    consumers: Iterable[str] | None = None,
 ) -> None:
     """Compress the checkpoint ``src`` to ``dst``, whatever its size: a few megabytes of it are in memory at a time.
 
@@ -46,6 +48,9 @@ def compress_checkpoint(
     core), on any ``device``, and with any ``executor`` of :mod:`concurrent.futures`, whose workers must see both paths.
     ``progress`` is called with the bytes of the source done so far and in total.
 
+    Whether the result can be served is checked first: a warning names whichever of the known ``consumers`` (``"vllm"``,
+    ``"sglang"``, ``"transformers"``, ``"llama.cpp"``) would not load it; of those that are given, it is an error.
+
     The destination appears complete or not at all. A job that was interrupted or has failed leaves
     ``<dst>.partial`` and ``<dst>.partial.job``, from which the same call goes on; another call is refused.
 
@@ -56,7 +61,10 @@ def compress_checkpoint(
     """
     source = Source.open(src)
     plan = plan_targets(source, read_config(config), None if device is None else str(device))
-    for problem in plan.warnings:
+    if consumers is not None:
+        refuse_unservable(plan.config, plan.layers, consumers)
+    unserved = unservable(plan.config, plan.layers) if consumers is None else []
+    for problem in (*plan.warnings, *unserved):
         warnings.warn(str(problem), CompressedFormatWarning, stacklevel=2)
     builder = JobBuilder(source, Path(dst), parse_shard_size(max_shard_size))
     for weight in plan.weights:

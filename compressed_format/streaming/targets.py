@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from compressed_format.checking.plan import LayerShape
 from compressed_format.compression.modules import treatment
 from compressed_format.config import (
     FORMAT_VERSION,
@@ -37,11 +38,13 @@ _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
 @dataclass(frozen=True)
 class TargetPlan:
     """The ``weights`` that are not copied as they are, the tensors of the source that these ``consumed``, and the
-    ``config`` that describes the result, under the checkpoint's names."""
+    ``config`` that describes the result, under the checkpoint's names. ``layers`` are its Linear and Embedding modules,
+    compressed or not."""
 
     weights: list[PlannedWeight]
     consumed: frozenset[str]
     config: QuantizationConfig
+    layers: dict[str, LayerShape]
     warnings: list[Problem]
 
 
@@ -84,6 +87,7 @@ def plan_targets(source: Source, config: QuantizationConfig, device: str | None)
         list(planned.values()),
         frozenset(consumed),
         _written_config(rename_modules(config, stored_names, keep=True), modules, resolution),
+        _layers(modules),
         [*doubts, *told],
     )
 
@@ -212,6 +216,11 @@ def _stored_together(modules: _Modules, source: Source) -> Iterator[list[SourceW
     stacked = {weight.module for parcel in parcels.values() for weight in parcel}
     yield from parcels.values()
     yield from ([weight] for name, weight in modules.weights.items() if name not in stacked)
+
+
+def _layers(modules: _Modules) -> dict[str, LayerShape]:
+    shapes = {name: weight.matrix.shape for name, weight in modules.weights.items()}
+    return {name: LayerShape(shapes.get(name), modules.classes[name]) for name in modules.weights.keys() | modules.tied}
 
 
 def _written_config(config: QuantizationConfig, modules: _Modules, resolution: TargetResolution) -> QuantizationConfig:

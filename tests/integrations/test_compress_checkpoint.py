@@ -23,6 +23,8 @@ from tests.checks import assert_same_bits
 from tests.integrations.every_model import FORMATS, KINDS, Kind
 from tests.models import read_tensors, recorded_warnings
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*will not serve the result")
+
 # One for each way of cutting a weight: rows with packed zero points, blocks, and values with a bitmask.
 CASES = ("W4A16 asymmetric", "FP8_BLOCK", "2:4 FP8")
 

@@ -21,10 +21,13 @@ from compressed_format.errors import (
     CompressedFormatWarning,
     QuantizationError,
     TargetError,
+    UnsupportedFormatError,
 )
 from compressed_format.streaming import units
 from tests.checks import assert_same_bits
 from tests.models import read_tensors, recorded_warnings
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*will not serve the result")
 
 Tensors = dict[str, torch.Tensor]
 
@@ -282,6 +285,21 @@ def test_a_source_that_changes_ends_the_job(source: Path, tmp_path: Path) -> Non
         with pytest.raises(CheckpointError, match="has changed since the job was planned"):
             compress_checkpoint(source, tmp_path / "out", "W4A16", workers=1, progress=touch)
     assert not (tmp_path / "out").exists()
+
+
+def test_who_would_not_serve_the_result_is_told_before_or_refused(source: Path, tmp_path: Path) -> None:
+    config = CONFIGS["int3 group"]
+    with pytest.raises(
+        UnsupportedFormatError, match=r"config_groups.g: SGLang .* must have 4 or 8 bits, not 3 \(CF\d+\)"
+    ):
+        compress_checkpoint(source, tmp_path / "out", config, consumers=["sglang"])
+    assert not list(tmp_path.glob("out*"))
+    with recorded_warnings() as texts:
+        compress_checkpoint(source, tmp_path / "out", config)
+    assert [text.partition(":")[0] for text in texts] == ["sglang", "llama.cpp"]
+    with recorded_warnings() as texts:
+        compress_checkpoint(source, tmp_path / "served", "W4A16", consumers=["vllm", "sglang"])
+    assert texts == []
 
 
 def fused(transposed: bool, interleaved: bool) -> tuple[Tensors, Tensors]:
