@@ -6,6 +6,7 @@ Importing this module imports no torch; :func:`torch_dtype` does, on its first c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from frozendict import frozendict
@@ -57,6 +58,7 @@ DTYPES_BY_SAFETENSORS_CODE: frozendict[str, DType] = frozendict(
 )
 
 
+@cache
 def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of a name such as ``"bfloat16"`` or ``"torch.bfloat16"``.
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from compressed_format.checkpoint import TensorSpec, read_checkpoint
+from compressed_format.checkpoint.collection import collection_paused
 from compressed_format.compression.attached_config import attach_config, tell_library
 from compressed_format.config import QuantizationConfig
 from compressed_format.config.json_text import parse_json, read_bytes
@@ -22,6 +23,7 @@ from compressed_format.errors import CheckpointError, CompressedFormatWarning, P
 from compressed_format.loading.fitting import dtype_misfit
 from compressed_format.loading.skeleton import Skeleton
 from compressed_format.model_origin import diffusers_class_name, is_transformers_model
+from compressed_format.modules.module_table import ModuleTable
 from compressed_format.renaming import module_names, rename_modules
 
 __all__ = ["load_compressed"]
@@ -92,6 +94,7 @@ def _load_diffusers(path: Path, content: Any, config: QuantizationConfig, dtype:
     return _fill(model, path, config, dtype, in_float32=diffusers.kept_in_float32(model))
 
 
+@collection_paused()
 def _fill(
     model: nn.Module,
     path: Path,
@@ -111,21 +114,29 @@ def _fill(
         names = model_names(model, checkpoint)
         config = rename_modules(config, module_names(names), keep=False)
     stored = {own: name for name, own in names.items()}
-    skeleton = Skeleton(model, config, {own: checkpoint.spec(name) for own, name in stored.items()})
-    problems = [*skeleton.problems, *skeleton.zero_point_problems(lambda name: checkpoint[stored[name]])]
-    expected = model.state_dict(keep_vars=True)
+
+    def read(name: str) -> torch.Tensor:
+        return checkpoint[stored[name]]
+
+    skeleton = Skeleton(model, config, {own: checkpoint.spec(name) for own, name in stored.items()}, read=read)
+    packed, placed = skeleton.packed, skeleton.placed
+    problems = [*skeleton.problems, *skeleton.zero_point_problems(read)]
+    expected = skeleton.modules.state()
     places: dict[int, list[str]] = defaultdict(list)
     for name, value in expected.items():
         places[id(value)].append(name)
     loaded: dict[str, torch.Tensor] = {}
     taken: set[str] = set()
     for name, recipe in skeleton.all_recipes(stored).items():
-        loaded[name] = recipe.make([checkpoint[stored[source]] for source in recipe.sources])
+        loaded[name] = recipe.make([read(source) for source in recipe.sources])
         taken.update(recipe.sources)
     for name, stored_name in stored.items():
         if name in skeleton.explained or name in taken:
             continue
-        problem = _misfit(checkpoint.spec(stored_name), expected.get(name), packed=name in skeleton.packed)
+        if name in placed:
+            loaded[name] = placed[name]
+            continue
+        problem = _misfit(checkpoint.spec(stored_name), expected.get(name), packed=name in packed)
         if problem is not None:
             problems.append(Problem(stored_name, problem))
         else:
@@ -134,33 +145,35 @@ def _fill(
     for tied in places.values():
         if known.isdisjoint(tied):
             problems.append(Problem(tied[0], "is missing from the checkpoint"))
+        if len(tied) == 1:
+            continue
         found = [name for name in tied if name in loaded]
         problems += [
             Problem(name, f"is not equal to {found[0]} in the checkpoint, and the model has one tensor for both")
             for name in found[1:]
             if not torch.equal(_comparable(loaded[name]), _comparable(loaded[found[0]]))
         ]
-    for name, buffer in model.named_buffers():
+    for name, buffer in skeleton.modules.named_buffers():
         if buffer.is_meta and name not in expected:
             message = "is a non-persistent buffer on the meta device, which no checkpoint holds; build it on the CPU"
             problems.append(Problem(name, message))
     if problems:
         raise CheckpointError(f"{path} does not fit the model:", problems)
-    uncompressed = [
-        name for name, tensor in loaded.items() if tensor.is_floating_point() and name not in skeleton.packed
-    ]
+    uncompressed = [name for name, tensor in loaded.items() if name not in packed and tensor.is_floating_point()]
     if dtype is not None:
         for name in uncompressed:
             exempt = not in_float32.isdisjoint(name.split("."))
             loaded[name] = loaded[name].to(torch.float32 if exempt else dtype)
     for tied in places.values():
-        tensor = next((loaded[name] for name in tied if name in loaded), None)
-        if tensor is not None:
-            _assign(model, tied, tensor)
-    # Where nothing is uncompressed, scales tell the dtype of the model they were found in.
-    sizes = {name: (tensor.dtype, tensor.numel()) for name, tensor in loaded.items()}
-    usual = _usual_dtype(sizes[name] for name in uncompressed) or _usual_dtype(sizes.values())
-    skeleton.finish(dtype or usual)
+        tensor = loaded.get(tied[0])
+        if tensor is None:
+            tensor = next((loaded[name] for name in tied if name in loaded), None)
+        if tensor is not None and tensor is not expected[tied[0]]:
+            _assign(skeleton.modules, tied, tensor)
+    if dtype is None:
+        # Where nothing is uncompressed, scales tell the dtype of the model they were found in.
+        dtype = _usual_dtype(_sizes(loaded[name] for name in uncompressed)) or _usual_dtype(_sizes(loaded.values()))
+    skeleton.finish(dtype)
     attach_config(model, skeleton.config)
     tell_library(model, skeleton.config)
     return model
@@ -170,7 +183,7 @@ def _misfit(stored: TensorSpec, value: Any, *, packed: bool) -> str | None:
     """Why a tensor of the checkpoint cannot become ``value`` in the model, or None."""
     if not isinstance(value, torch.Tensor):
         return "is in the checkpoint, but the model has no such tensor"
-    if tuple(value.shape) != tuple(stored.shape):
+    if value.shape != tuple(stored.shape):
         return f"has shape {list(stored.shape)} in the checkpoint, and {list(value.shape)} in the model"
     return None if packed else dtype_misfit(stored, value.dtype)
 
@@ -184,16 +197,20 @@ def _usual_dtype(sizes: Iterable[tuple[torch.dtype, int]]) -> torch.dtype | None
     return counts.most_common(1)[0][0] if counts else None
 
 
+def _sizes(tensors: Iterable[torch.Tensor]) -> Iterable[tuple[torch.dtype, int]]:
+    return ((tensor.dtype, tensor.numel()) for tensor in tensors)
+
+
 def _comparable(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
 
 
-def _assign(model: nn.Module, names: Iterable[str], tensor: torch.Tensor) -> None:
+def _assign(modules: ModuleTable, names: Iterable[str], tensor: torch.Tensor) -> None:
     """Put a loaded tensor in every place of one parameter or buffer, which stay one."""
     new: nn.Parameter | None = None
     for name in names:
         parent, _, child = name.rpartition(".")
-        module = model.get_submodule(parent)
+        module = modules[parent]
         if child in module._buffers:
             module._buffers[child] = tensor
             continue

@@ -125,7 +125,7 @@ def saved_config(model: nn.Module) -> QuantizationConfig:
             continue  # a projection of experts that is held uncompressed beside compressed ones
         if assignment is None:
             problems.append(Problem(name, "is compressed, but no target of the model's config reaches it"))
-        elif (_meaning(assignment.scheme), assignment.sparsity) != (_meaning(module.scheme), module.sparsity):
+        elif assignment.sparsity != module.sparsity or not _mean_the_same(assignment.scheme, module.scheme):
             message = f"is compressed as {module.extra_repr()}, but its config says {assignment.reason}"
             problems.append(Problem(name, message))
     if problems:
@@ -141,9 +141,11 @@ def saved_config(model: nn.Module) -> QuantizationConfig:
     return config.model_copy(update=changes)
 
 
-def _meaning(scheme: QuantizationScheme | None) -> QuantizationScheme | None:
-    """A scheme without its targets, which may have got other names since a module was compressed by it."""
-    return None if scheme is None else scheme.model_copy(update={"targets": ()})
+def _mean_the_same(scheme: QuantizationScheme | None, other: QuantizationScheme | None) -> bool:
+    """Whether schemes are equal but for targets, which may have got other names since a module was compressed."""
+    if scheme is None or other is None or scheme is other:
+        return scheme is other
+    return scheme.model_copy(update={"targets": ()}) == other.model_copy(update={"targets": ()})
 
 
 def _is_pretrained(model: nn.Module) -> bool:

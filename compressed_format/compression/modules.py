@@ -18,7 +18,13 @@ from compressed_format.formats.module import check_runnable
 from compressed_format.modules.base import CompressedModule
 from compressed_format.modules.linear import CompressedEmbedding, CompressedLinear
 from compressed_format.modules.offloading import is_offloaded, onloaded
-from compressed_format.modules.subclasses import blank_successor, carry_attributes, original_class, subclass_problem
+from compressed_format.modules.subclasses import (
+    HOOKS,
+    blank_successor,
+    carry_attributes,
+    original_class,
+    subclass_problem,
+)
 from compressed_format.quantization import group_size_problem, weight_scales
 
 __all__ = [
@@ -32,17 +38,6 @@ __all__ = [
 ]
 
 _Successor = TypeVar("_Successor", bound=nn.Module)
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
 
 
 def treatment(assignment: Assignment) -> tuple[object, ...]:
@@ -111,11 +106,18 @@ def compress_module(
 
 
 def compressed_successor(
-    module: nn.Linear | nn.Embedding, tensors: Mapping[str, torch.Tensor], assignment: Assignment
+    module: nn.Linear | nn.Embedding,
+    tensors: Mapping[str, torch.Tensor],
+    assignment: Assignment,
+    weight: torch.Tensor | None = None,
 ) -> CompressedModule:
-    """A compressed module of ``tensors`` in place of a plain one, with its bias, hooks and mode."""
-    weight, sparsity = module.weight, assignment.sparsity
-    described = (tensors, (weight.shape[0], weight.shape[1]), assignment.scheme, assignment.format)
+    """A compressed module of ``tensors`` in place of a plain one, with its bias, hooks and mode.
+
+    ``weight`` is that of ``module``, for callers who have it: of many modules, asking for it takes long.
+    """
+    weight = module.weight if weight is None else weight
+    sparsity, (rows, columns) = assignment.sparsity, weight.shape
+    described = (tensors, (rows, columns), assignment.scheme, assignment.format)
     compressed = blank_successor(module)
     if isinstance(module, nn.Linear):
         CompressedLinear.__init__(
@@ -129,8 +131,7 @@ def compressed_successor(
             padding_idx=module.padding_idx,
             dtype=weight.dtype,
         )
-    carry_attributes(module, compressed)
-    return _succeed(module, compressed)
+    return compressed.train(module.training) if compressed._modules else compressed
 
 
 def out_features(module: nn.Linear | nn.Embedding) -> int:
@@ -153,7 +154,7 @@ def plain_module(module: CompressedModule, weight: nn.Parameter) -> nn.Module:
 
 def _succeed(module: nn.Module, successor: _Successor) -> _Successor:
     """``successor`` in the mode of ``module`` and with its very hooks, so that their handles go on working."""
-    vars(successor).update({name: vars(module)[name] for name in _HOOKS})
+    vars(successor).update({name: vars(module)[name] for name in HOOKS})
     if successor._modules or successor.training != module.training:
         successor.train(module.training)
     return successor

@@ -7,6 +7,7 @@ says of itself, not by its class.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 __all__ = ["ExpertStack", "expert_stack"]
@@ -29,6 +30,12 @@ class ExpertStack(NamedTuple):
 
 def expert_stack(module: Any) -> ExpertStack | None:
     """What ``module`` holds, if it is a stack of experts: dense as transformers builds it, or compressed."""
+    # Nearly no module is one, and torch's take long to say that they lack an attribute.
+    kind: Any = type(module)
+    if _has_plain_attributes(kind):
+        own = vars(module)
+        if "down_proj" not in own["_parameters"] and "expert_stack" not in own:
+            return None
     known = getattr(module, "expert_stack", None)
     if isinstance(known, ExpertStack):
         return known
@@ -42,3 +49,10 @@ def expert_stack(module: Any) -> ExpertStack | None:
         return None
     up = ("gate_proj", "up_proj") if module.has_gate else ("up_proj",)
     return ExpertStack(parameters["down_proj"].shape[0], (*up, "down_proj"))
+
+
+@cache
+def _has_plain_attributes(kind: Any) -> bool:
+    """Whether objects of this class are modules of torch which find attributes as torch's own do, not in others."""
+    owner = next((base for base in kind.__mro__ if "__getattr__" in vars(base)), object)
+    return owner.__name__ == "Module" and owner.__module__ == "torch.nn.modules.module"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from compressed_format.config.experts import expert_stack
@@ -93,6 +94,7 @@ def counts_as_linear(module: NamedModule) -> bool:
     return "Linear" in module.classes or _is_router_class(own)
 
 
+@cache
 def _is_router_class(name: str) -> bool:
     return "ExpertMLP" not in name and _ROUTER.search(name) is not None
 

@@ -43,7 +43,7 @@ def check_siblings(modules: Iterable[NamedModule], outcomes: Mapping[str, Outcom
             families.setdefault((parent, _FAMILY[leaf]), {})[leaf] = outcomes[module.name]
     found: dict[str, list[str]] = {}
     for (parent, _), members in families.items():
-        if len({outcome.likeness for outcome in members.values()}) > 1:
+        if len(set(map(id, members.values()))) > 1 and len({outcome.likeness for outcome in members.values()}) > 1:
             how = ", ".join(f"{leaf} {outcome.label}" for leaf, outcome in members.items())
             found.setdefault(how, []).append(parent)
     return [

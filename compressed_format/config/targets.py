@@ -121,6 +121,7 @@ class _Resolver:
         self.sparse = TargetTable(() if sparsity is None else sparsity.targets)
         self.dense = TargetTable(() if sparsity is None else sparsity.ignore)
         self.assignments: dict[str, Assignment] = {}
+        self.made: dict[tuple[str, bool], Assignment] = {}
         self.ignored: dict[str, str] = {}
         self.errors: list[Problem] = []
         self.warnings: list[Problem] = []
@@ -164,14 +165,7 @@ class _Resolver:
         if not module.is_compressible:
             self._refuse(module, target, group, scheme)
             return
-        self.assignments[module.name] = Assignment(
-            group=group,
-            scheme=scheme,
-            target=target,
-            reason=f"{self._why(module, target)} a target of {group}",
-            format=CompressionFormat.DENSE if scheme.weights is None else self.config.format_of(scheme),
-            sparsity=None,
-        )
+        self.assignments[module.name] = self._assignment(module, target)
         first = self.targets.first(module)
         if first is not None and first != target:
             other = self.config.config_groups[self.groups[first]]
@@ -181,6 +175,23 @@ class _Resolver:
                     f"gets {group} by {show(target)}, and in vLLM, where the first target that matches wins, "
                     f"{self.groups[first]} by {show(first)}",
                 )
+
+    def _assignment(self, module: NamedModule, target: str) -> Assignment:
+        """One for all modules that a target reaches in the same way, which may be very many."""
+        key = target, target == module.name
+        known = self.made.get(key)
+        if known is None:
+            group = self.groups[target]
+            scheme = self.config.config_groups[group]
+            known = self.made[key] = Assignment(
+                group=group,
+                scheme=scheme,
+                target=target,
+                reason=f"{self._why(module, target)} a target of {group}",
+                format=CompressionFormat.DENSE if scheme.weights is None else self.config.format_of(scheme),
+                sparsity=None,
+            )
+        return known
 
     def _refuse(self, module: NamedModule, target: str, group: str, scheme: QuantizationScheme) -> None:
         """What to make of a target that reaches something else than a Linear or an Embedding."""
@@ -246,12 +257,17 @@ class _Resolver:
 
     def _outcomes(self) -> dict[str, Outcome]:
         outcomes = {}
+        of_assignments: dict[int, Outcome] = {}
         for module in self.modules:
             assignment = self.assignments.get(module.name)
             if assignment is not None:
-                scheme = assignment.scheme
-                likeness = (None if scheme is None else _likeness(scheme), assignment.sparsity)
-                outcomes[module.name] = Outcome(likeness, f"gets {assignment.group or 'only sparsity'}")
+                outcome = of_assignments.get(id(assignment))
+                if outcome is None:
+                    scheme = assignment.scheme
+                    likeness = (None if scheme is None else _likeness(scheme), assignment.sparsity)
+                    outcome = Outcome(likeness, f"gets {assignment.group or 'only sparsity'}")
+                    of_assignments[id(assignment)] = outcome
+                outcomes[module.name] = outcome
             elif module.is_compressible:
                 label = "is ignored" if module.name in self.ignored else "matches no target"
                 outcomes[module.name] = Outcome(None, label)

@@ -96,7 +96,7 @@ def model_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
                 state.setdefault(place, state[f"{module}.weight"])
             elif stack in projections or module in projections:
                 state.setdefault(place, state[next(iter(state))])
-        renamed = rename_source_key(name, renamings, [], prefix, state)[0]
+        renamed = rename_source_key(renamed, [], [], prefix, state)[0]  # the renamings are behind it
         names[name] = _with_projection(renamed, projections)
     return names
 

@@ -46,7 +46,7 @@ def restore_ties(model: nn.Module) -> None:
 
 
 def _models(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if hasattr(module, "all_tied_weights_keys")]
+    return [module for module in model.modules() if "all_tied_weights_keys" in vars(module)]
 
 
 def _tied_tensors(model: nn.Module, target: str, source: str) -> dict[str, str]:

@@ -21,7 +21,7 @@ from compressed_format.config.experts import ExpertStack
 from compressed_format.dtypes import torch_dtype
 from compressed_format.errors import Problem
 from compressed_format.formats.base import FLOAT_DTYPES, StoredTensor, TensorSpec
-from compressed_format.loading.fitting import Fit, fit_module
+from compressed_format.loading.fitting import Fit, FitTable
 from compressed_format.loading.fused_experts import Recipe, Stored, split_fused
 from compressed_format.modules.experts import CompressedExpertLinear, CompressedExperts, stack_tensors
 
@@ -41,7 +41,7 @@ class StackedExperts:
 
 
 def stack_experts(
-    name: str, module: nn.Module, stack: ExpertStack, assignments: Assignments, stored: Stored
+    name: str, module: nn.Module, stack: ExpertStack, assignments: Assignments, stored: Stored, fit_table: FitTable
 ) -> StackedExperts:
     """The compressed experts that take the place of ``module``, which is ``name`` in the model."""
     fused = split_fused(name, module, stack, assignments, stored)
@@ -57,7 +57,7 @@ def stack_experts(
         for expert in range(stack.num_experts):
             place = f"{name}.{expert}.{projection}"
             found = fused.stored.get(place) or stored.get(place, {})
-            fits.append(_fit(place, assignment, found, shape))
+            fits.append(_fit(place, assignment, found, shape, fit_table))
             if assignment is not None:
                 needless |= {f"{place}.{suffix}": (assignment, shape[0]) for suffix in fits[-1].needless}
         wrong = _problems(name, projection, fits)
@@ -106,9 +106,15 @@ def dense_recipes(name: str, module: nn.Module, stack: ExpertStack) -> dict[str,
     }
 
 
-def _fit(place: str, assignment: Assignment | None, stored: Mapping[str, StoredTensor], shape: tuple[int, int]) -> Fit:
+def _fit(
+    place: str,
+    assignment: Assignment | None,
+    stored: Mapping[str, StoredTensor],
+    shape: tuple[int, int],
+    fit_table: FitTable,
+) -> Fit:
     if assignment is not None:
-        return fit_module(place, assignment, stored, shape, shape[0])
+        return fit_table.fit(place, assignment, stored, shape, shape[0])
     weight = stored.get("weight")
     if weight is None:
         return Fit({}, frozenset(), [Problem(f"{place}.weight", "is missing from the checkpoint")])

@@ -14,7 +14,7 @@ from compressed_format.formats import PackQuantized, TensorSpec
 from compressed_format.formats.base import StoredTensor
 from compressed_format.formats.module import module_tensor_specs
 
-__all__ = ["Fit", "dtype_misfit", "fit_module", "meta_tensor"]
+__all__ = ["Fit", "FitTable", "dtype_misfit", "meta_tensor"]
 
 _ZERO_POINT_SUFFIXES = frozenset({"weight_zero_point", "input_zero_point", "output_zero_point"})
 
@@ -27,7 +27,38 @@ class Fit(NamedTuple):
     problems: list[Problem]
 
 
-def fit_module(
+class FitTable:
+    """Compares what is stored for modules with what they need; what is alike in many modules, once."""
+
+    def __init__(self) -> None:
+        # Which tensors fit, and which are needless, where all is well: problems name the module.
+        self._known: dict[tuple[object, ...], tuple[tuple[str, ...], frozenset[str]]] = {}
+        self._assignments: dict[int, Assignment] = {}
+
+    def fit(
+        self,
+        name: str,
+        assignment: Assignment,
+        stored: Mapping[str, StoredTensor],
+        shape: tuple[int, int],
+        out_features: int,
+    ) -> Fit:
+        """What is ``stored`` for the module ``name``, for a weight of ``shape`` ``[O, I]`` as ``assignment`` says."""
+        # An assignment goes by its identity, as comparing schemes takes long; it is kept, so that no other one gets it.
+        self._assignments[id(assignment)] = assignment
+        described = [(suffix, tensor.dtype, tensor.shape) for suffix, tensor in stored.items()]
+        kind = (id(assignment), shape, out_features, *described)
+        known = self._known.get(kind)
+        if known is not None:
+            suffixes, needless = known
+            return Fit({suffix: stored[suffix] for suffix in suffixes}, needless, [])
+        fit = _fit_module(name, assignment, stored, shape, out_features)
+        if not fit.problems:
+            self._known[kind] = tuple(fit.tensors), fit.needless
+        return fit
+
+
+def _fit_module(
     name: str, assignment: Assignment, stored: Mapping[str, StoredTensor], shape: tuple[int, int], out_features: int
 ) -> Fit:
     """Compare what is ``stored`` for the module ``name`` with what it needs for a weight of ``shape`` ``[O, I]``."""

@@ -32,6 +32,8 @@ def keep_cache_scales(
         suffixes = stored.keys() & _CACHE_SUFFIXES
         if name.rpartition(".")[2] in _OLD_CACHE_MODULES:
             suffixes |= stored.keys() & _OLD_CACHE_SUFFIXES
+        if not suffixes:
+            continue
         try:
             module = model.get_submodule(name)
         except AttributeError:

@@ -22,23 +22,20 @@ def modernize(name: str, module: CompressedModule, version: str | None) -> str |
     if scheme is None or scheme.weights is None:
         return None
     args, marlin = scheme.weights, module.format is CompressionFormat.MARLIN_24
-    parts = module.checkpoint_parts(name)
     if marlin:
+        parts = module.checkpoint_parts(name)
         quantized = {place: Marlin24().decode(tensors, args, place=place) for place, tensors in parts.items()}
     elif module.format is not CompressionFormat.PACK_QUANTIZED:
         return None
     else:
-        for place, tensors in parts.items():
-            stored, expected = tensors["weight_shape"].tolist(), list(module._weight_shape)
-            if stored != expected:
-                message = f"says {stored}, but the module's weight is {expected}"
-                raise FormatError(problems=[Problem(f"{place}.weight_shape", message)])
+        _check_shapes(name, module)
         packed, columns = module._parameters["weight_packed"], module._weight_shape[1]
         assert packed is not None
         layout = pack_layout(packed, args.num_bits, columns, version=version, place=name)
         unpacked = _has_unpacked_zero_points(module, args)
         if layout is PackLayout.DENSE and not unpacked:
             return None
+        parts = module.checkpoint_parts(name)
         quantized = {
             place: PackQuantized().decode(tensors, args, place=place, layout=layout) for place, tensors in parts.items()
         }
@@ -48,6 +45,19 @@ def modernize(name: str, module: CompressedModule, version: str | None) -> str |
         module.scheme = _as_packed(scheme)
         return "marlin-24"
     return "word-aligned" if layout is PackLayout.WORD_ALIGNED else "unpacked zero-point"
+
+
+def _check_shapes(name: str, module: CompressedModule) -> None:
+    stored, expected = module._parameters["weight_shape"], list(module._weight_shape)
+    assert stored is not None
+    found = stored.tolist()
+    if found == expected or (stored.ndim == 2 and all(one == expected for one in found)):
+        return  # of one weight, or of each of the experts
+    for place, tensors in module.checkpoint_parts(name).items():
+        found = tensors["weight_shape"].tolist()
+        if found != expected:
+            message = f"says {found}, but the module's weight is {expected}"
+            raise FormatError(problems=[Problem(f"{place}.weight_shape", message)])
 
 
 def older_layout(module: CompressedModule) -> str | None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Container, Mapping
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from frozendict import frozendict
@@ -15,7 +17,7 @@ from torch import nn
 
 from compressed_format.bitpack import unpack_codes
 from compressed_format.compression.experts import dense_stacks, projection_assignments
-from compressed_format.compression.modules import compressed_successor, out_features, treatment
+from compressed_format.compression.modules import compressed_successor, treatment
 from compressed_format.compression.unserved import refuse_what_cannot_run
 from compressed_format.config import (
     FORMAT_VERSION,
@@ -27,22 +29,26 @@ from compressed_format.errors import CompressedFormatWarning, FormatError, Probl
 from compressed_format.formats import SPARSITY_FORMATS
 from compressed_format.formats.base import StoredTensor, check_scales, decode_g_idx
 from compressed_format.loading.experts import StackedExperts, dense_recipes, stack_experts
-from compressed_format.loading.fitting import fit_module, meta_tensor
+from compressed_format.loading.fitting import FitTable, meta_tensor
 from compressed_format.loading.fused_experts import Recipe
 from compressed_format.loading.kv_cache import keep_cache_scales
 from compressed_format.loading.older_layouts import modernize, older_layout, without_marlin
 from compressed_format.modules.base import CompressedModule, is_of_weight, is_split
+from compressed_format.modules.module_table import ModuleTable
 from compressed_format.modules.offloading import is_offloaded, onloaded
 
 __all__ = ["Skeleton"]
 
+_SCALES = frozenset({"weight_scale", "input_scale", "output_scale"})
 _OF_PACKED_WEIGHTS = frozenset({"weight_packed", "weight_scale", "compressed"})
 
 
 class Skeleton:
-    """Swaps compressed modules, on the meta device, into ``model`` for what ``config`` targets.
+    """Swaps compressed modules into ``model`` for what ``config`` targets.
 
-    ``stored`` describes the checkpoint's tensors by the model's names for them. ``tied`` maps parameters that will be
+    ``stored`` describes the checkpoint's tensors by the model's names for them; ``read`` yields one of them. Without it
+    all that is swapped in is on the meta device, and with it what is ``placed``: the tensors that a single module
+    takes as they are, by name, hold their values at once. ``tied`` maps parameters that will be
     tied once they are loaded to those they will be; others share one already. Afterwards ``problems`` holds what
     does not fit, ``experts_fit`` whether all stacks of experts do, ``packed`` the names that must keep their stored
     dtype, and ``explained`` the names that need no further word, because a problem or a warning has told of them.
@@ -57,14 +63,18 @@ class Skeleton:
         stored: Mapping[str, StoredTensor],
         *,
         tied: Mapping[str, str] = frozendict(),
+        read: Callable[[str], torch.Tensor] | None = None,
     ) -> None:
         self.model, self.config = model, config
         self.problems: list[Problem] = []
         self.packed: set[str] = set()
         self.explained: set[str] = set()
         self.experts_fit = True
-        self._names = _names_of_modules(model)
-        self._twins = _modules_sharing_weights(model, tied)
+        self.placed: dict[str, nn.Parameter] = {}
+        self._read = read
+        self.modules = ModuleTable(model)
+        self._twins = _modules_sharing_weights(self.modules, tied)
+        self._fits = FitTable()
         self._modules: dict[str, CompressedModule] = {}
         # Where zero points are stored that the scheme has none of: the assignment, and the rows of the weight.
         self._zero_points: dict[str, tuple[Assignment, int]] = {}
@@ -75,29 +85,29 @@ class Skeleton:
             module, _, suffix = name.rpartition(".")
             by_module.setdefault(module, {})[suffix] = tensor
         packed = {name for name, tensors in by_module.items() if not tensors.keys().isdisjoint(_OF_PACKED_WEIGHTS)}
-        resolution = resolve_targets(model, config, quantized=packed)
+        resolution = resolve_targets(self.modules, config, quantized=packed)
         for problem in resolution.warnings:
             warnings.warn(str(problem), CompressedFormatWarning, stacklevel=4)
-        refuse_what_cannot_run(model, config, resolution.assignments)
-        for name, (experts, stack) in dense_stacks(model).items():
+        refuse_what_cannot_run(self.modules, config, resolution.assignments)
+        for name, (experts, stack) in dense_stacks(self.modules).items():
             assignments = projection_assignments(name, stack, resolution)
             if assignments:
-                self._swap_experts(name, stack_experts(name, experts, stack, assignments, by_module))
+                self._swap_experts(name, stack_experts(name, experts, stack, assignments, by_module, self._fits))
             else:
                 self._dense_recipes |= dense_recipes(name, experts, stack)
         without_weight: dict[str, Assignment] = {}
         for name, assignment in resolution.assignments.items():
-            if name not in self._names:
+            if not self.modules.is_first_name(name):
                 continue  # one of a stack of experts
-            owns = [place for place in self._names[name] if _holds_weight(by_module.get(place, {}))]
+            owns = [place for place in self.modules.names(name) if _holds_weight(by_module.get(place, {}))]
             if owns:
-                self._swap(name, assignment, by_module[owns[0]])
+                self._swap(name, assignment, by_module[owns[0]], place=owns[0])
             else:
                 without_weight[name] = assignment
         for name, assignment in without_weight.items():
             self._swap_twin(name, assignment, by_module, resolution.assignments)
         self.packed |= keep_cache_scales(model, by_module, self.explained)
-        self._pass_over(_computed_buffers(model, stored))
+        self._pass_over(_computed_buffers(self.modules, stored))
 
     def all_recipes(self, stored: Container[str]) -> dict[str, Recipe]:
         """How tensors of the model that are not ``stored`` as they are can be made, for whoever loads them alone.
@@ -145,11 +155,12 @@ class Skeleton:
         re_encoded = {"word-aligned": 0, "unpacked zero-point": 0, "marlin-24": 0}
         for name, module in self._modules.items():
             if dtype is not None:
-                module.dtype = dtype
+                vars(module)["dtype"] = dtype
             if module._sharding is not None:
                 problems += module._sharding.problems(module, self.config.version, name)
                 continue
-            if any(value is not None and is_split(value) for value in module._parameters.values()):
+            values = [value for value in module._parameters.values() if value is not None]
+            if any(map(is_split, values)):
                 problems += self._problems_of_whole(name, module)
                 continue
             weight = module._parameters[module._weight_name]
@@ -159,7 +170,9 @@ class Skeleton:
             if twin is not module and not offloaded:
                 module.share_weight(twin)
                 continue
-            if not offloaded and any(parameter.is_meta for parameter in module.parameters()):
+            if module._modules:
+                values = list(module.parameters())
+            if not offloaded and any(value.is_meta for value in values):
                 # Whoever loads the model has the values; what they need not be asked for is checked.
                 layout = older_layout(module)
                 if layout is not None:
@@ -169,7 +182,7 @@ class Skeleton:
                     unread.append(Problem(name, message))
                 continue
             try:
-                with onloaded(module, name):
+                with onloaded(module, name) if offloaded else nullcontext():
                     _check_values(name, module)
                     legacy = modernize(name, module, self.config.version)
             except FormatError as error:
@@ -217,28 +230,41 @@ class Skeleton:
         assignment: Assignment,
         stored: Mapping[str, StoredTensor],
         twin: CompressedModule | None = None,
+        *,
+        place: str | None = None,
     ) -> None:
-        """Put a compressed module wherever the module ``name`` is; it shares its weight with ``twin``."""
-        module = self.model.get_submodule(name)
+        """Put a compressed module wherever the module ``name`` is; it shares its weight with ``twin``.
+
+        Where all of ``stored`` is stored for one ``place``, it holds these tensors, if there is a way to read them.
+        """
+        module = self.modules[name]
         assert isinstance(module, (nn.Linear, nn.Embedding))  # nothing else is ever assigned
-        shape = (module.weight.shape[0], module.weight.shape[1])
-        fit = fit_module(name, assignment, stored, shape, out_features(module))
+        weight = module.weight
+        rows, columns = weight.shape
+        fit = self._fits.fit(
+            name, assignment, stored, (rows, columns), columns if isinstance(module, nn.Embedding) else rows
+        )
         if fit.problems:
             self.explained.update(f"{name}.{suffix}" for suffix in (*stored, "weight"))
             self.problems += fit.problems
             return
         for suffix in fit.needless:
             self.explained.add(f"{name}.{suffix}")
-            self._zero_points[f"{name}.{suffix}"] = assignment, shape[0]
-        tensors = {suffix: meta_tensor(tensor) for suffix, tensor in fit.tensors.items()}
-        compressed = compressed_successor(module, tensors, assignment)
+            self._zero_points[f"{name}.{suffix}"] = assignment, rows
+        if self._read is None or place is None:
+            tensors = {suffix: meta_tensor(tensor) for suffix, tensor in fit.tensors.items()}
+        else:
+            tensors = {suffix: self._read(f"{place}.{suffix}") for suffix in fit.tensors}
+        compressed = compressed_successor(module, tensors, assignment, weight)
+        if self._read is not None and place is not None:
+            held: Any = compressed._parameters
+            for suffix in tensors:
+                self.placed[f"{place}.{suffix}"] = held[suffix]
         if twin is not None:
             compressed.share_weight(twin)
         self._modules[name] = compressed
-        for place in self._names[name]:
-            self.packed.update(f"{place}.{suffix}" for suffix in tensors)
-            parent, _, child = place.rpartition(".")
-            setattr(self.model.get_submodule(parent), child, compressed)
+        self.modules.replace(name, compressed)
+        self.packed.update([f"{found}.{suffix}" for found in self.modules.names(name) for suffix in tensors])
 
     def _swap_experts(self, name: str, found: StackedExperts) -> None:
         self.problems += found.problems
@@ -251,11 +277,9 @@ class Skeleton:
         for projection, module in found.module.projections.items():
             if module.scheme is not None or module.sparsity is not None:
                 self._modules[f"{name}.{projection}"] = module
-                for place in self._names[name]:
+                for place in self.modules.names(name):
                     self.packed.update(f"{place}.{projection}.{suffix}" for suffix in module._parameters)
-        for place in self._names[name]:
-            parent, _, child = place.rpartition(".")
-            setattr(self.model.get_submodule(parent), child, found.module)
+        self.modules.replace(name, found.module)
 
     def _swap_twin(
         self,
@@ -278,7 +302,7 @@ class Skeleton:
                 return
             if other in self._modules:
                 stored = next(
-                    by_module[place] for place in self._names[other] if _holds_weight(by_module.get(place, {}))
+                    by_module[place] for place in self.modules.names(other) if _holds_weight(by_module.get(place, {}))
                 )
                 weight = {suffix: tensor for suffix, tensor in stored.items() if is_of_weight(suffix)}
                 self._swap(name, assignment, {**own, **weight}, self._modules[other])
@@ -286,11 +310,12 @@ class Skeleton:
         self._swap(name, assignment, own)
 
 
-def _computed_buffers(model: nn.Module, stored: Container[str]) -> list[str]:
+def _computed_buffers(modules: ModuleTable, stored: Container[str]) -> list[str]:
     """The names of ``stored`` tensors that are buffers which no state dict holds, since the model computes them."""
     return [
         place
-        for name, module in model.named_modules()
+        for name, module in modules.named_modules()
+        if module._non_persistent_buffers_set
         for suffix in sorted(module._non_persistent_buffers_set)
         if (place := f"{name}.{suffix}".lstrip(".")) in stored
     ]
@@ -298,6 +323,17 @@ def _computed_buffers(model: nn.Module, stored: Container[str]) -> list[str]:
 
 def _check_values(name: str, module: CompressedModule) -> None:
     """Raise :class:`FormatError` for values that would spoil whatever is computed with them."""
+    held = module._parameters
+    if module.sparsity is None and "weight_g_idx" not in held:
+        # Only scales are looked at. Those of all experts at once, as long as nothing has to be said of one of them.
+        try:
+            for suffix in _SCALES:
+                if (scale := held.get(suffix)) is not None:
+                    check_scales(scale, "")
+        except FormatError:
+            pass
+        else:
+            return
     parts = module.checkpoint_parts(name)
     if not [place for place, tensors in parts.items() if _check_tensors(place, module, tensors)]:
         module._parameters.pop("weight_g_idx", None)
@@ -305,7 +341,7 @@ def _check_values(name: str, module: CompressedModule) -> None:
 
 def _check_tensors(place: str, module: CompressedModule, tensors: Mapping[str, torch.Tensor]) -> bool:
     """Check the tensors of one weight; whether its ``weight_g_idx`` means anything."""
-    for suffix in tensors.keys() & {"weight_scale", "input_scale", "output_scale"}:
+    for suffix in tensors.keys() & _SCALES:
         check_scales(tensors[suffix], f"{place}.{suffix}")
     if module.sparsity is not None:
         expected, found = list(module._weight_shape), tensors["shape"].flatten().tolist()
@@ -320,29 +356,22 @@ def _check_tensors(place: str, module: CompressedModule, tensors: Mapping[str, t
     return decode_g_idx(tensors["weight_g_idx"], module._weight_shape[1], groups, place) is not None
 
 
-def _names_of_modules(model: nn.Module) -> dict[str, list[str]]:
-    """All names of each module by its first one; a module that sits in several places has several."""
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
-    return {found[0]: found for found in names.values()}
-
-
-def _modules_sharing_weights(model: nn.Module, tied: Mapping[str, str]) -> dict[str, list[str]]:
-    """For each module with a weight: the others that have the same one, or will have it by ``tied``."""
+def _modules_sharing_weights(modules: ModuleTable, tied: Mapping[str, str]) -> dict[str, list[str]]:
+    """For each module whose weight others have too, or will have by ``tied``: these others."""
     weights = {
-        name: id(module._parameters["weight"])
-        for name, module in model.named_modules()
-        if module._parameters.get("weight") is not None
+        name: id(weight)
+        for name, module in modules.named_modules()
+        if (weight := module._parameters.get("weight")) is not None
     }
     for target, source in tied.items():
         names = target.removesuffix(".weight"), source.removesuffix(".weight")
         if all(name in weights for name in names):
             weights[names[0]] = weights[names[1]]
     owners: dict[int, list[str]] = {}
-    for name, weight in weights.items():
-        owners.setdefault(weight, []).append(name)
-    return {name: [other for other in owners[weight] if other != name] for name, weight in weights.items()}
+    for name, identity in weights.items():
+        owners.setdefault(identity, []).append(name)
+    shared = [names for names in owners.values() if len(names) > 1]
+    return {name: [other for other in names if other != name] for names in shared for name in names}
 
 
 def _holds_weight(stored: Mapping[str, StoredTensor]) -> bool:

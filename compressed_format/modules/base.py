@@ -65,6 +65,11 @@ class CompressedModule(nn.Module):
     format: CompressionFormat
     sparsity: CompressionFormat | None
     dtype: torch.dtype
+    _layout: tuple[int, int, int, int]
+    _weight_shape: tuple[int, int]
+    _weight_name: str
+    _input: _ActivationArguments | None
+    _output: _ActivationArguments | None
     # How the weight is split between processes, for a module that computes on its part.
     _sharding: SplitWeight | None = None
 
@@ -77,15 +82,22 @@ class CompressedModule(nn.Module):
         sparsity: CompressionFormat | None,
         dtype: torch.dtype,
     ) -> None:
-        nn.Module.__init__(self)
-        self.scheme, self.format, self.sparsity, self.dtype = scheme, format, sparsity, dtype
+        if "_parameters" not in vars(self):  # which the module whose place it takes has given it otherwise
+            nn.Module.__init__(self)
         weights = None if scheme is None else scheme.weights
         rows, columns = (1, shape[1]) if weights is None else block_shape(weights, shape)
-        self._layout = (8 if weights is None else weights.num_bits, shape[1], max(rows, 1), max(columns, 1))
-        self._weight_shape = shape
-        self._weight_name = _name_of_codes(tensors)
-        self._input = _activation_arguments(None if scheme is None else scheme.input_activations)
-        self._output = _activation_arguments(None if scheme is None else scheme.output_activations)
+        # Models have thousands of these, and nn.Module looks at each attribute that is set the usual way.
+        vars(self).update(
+            scheme=scheme,
+            format=format,
+            sparsity=sparsity,
+            dtype=dtype,
+            _layout=(8 if weights is None else weights.num_bits, shape[1], max(rows, 1), max(columns, 1)),
+            _weight_shape=shape,
+            _weight_name=_name_of_codes(tensors),
+            _input=_activation_arguments(None if scheme is None else scheme.input_activations),
+            _output=_activation_arguments(None if scheme is None else scheme.output_activations),
+        )
         for name, tensor in tensors.items():
             self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
 
@@ -284,7 +296,9 @@ def is_of_weight(suffix: str) -> bool:
 
 
 def _name_of_codes(tensors: Collection[str]) -> str:
-    return next(name for name in ("weight_packed", "compressed", "weight") if name in tensors)
+    if "weight_packed" in tensors:
+        return "weight_packed"
+    return "compressed" if "compressed" in tensors else "weight"
 
 
 def is_split(tensor: torch.Tensor) -> bool:

@@ -32,7 +32,7 @@ class CompressedLinear(CompressedModule, nn.Linear):  # type: ignore[override]  
         dtype: torch.dtype,
     ) -> None:
         self._set_up(tensors, shape, scheme, format, sparsity, dtype)
-        self.out_features, self.in_features = shape
+        vars(self).update(out_features=shape[0], in_features=shape[1])
         if bias is None or isinstance(bias, nn.Parameter):
             self._parameters["bias"] = bias
         else:

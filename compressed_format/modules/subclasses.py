@@ -22,7 +22,7 @@ from compressed_format.modules.base import CompressedModule
 from compressed_format.modules.linear import CompressedEmbedding, CompressedLinear
 from compressed_format.modules.offloading import original_forward
 
-__all__ = ["blank_successor", "carry_attributes", "original_class", "subclass_problem"]
+__all__ = ["HOOKS", "blank_successor", "carry_attributes", "original_class", "subclass_problem"]
 
 _STATE = frozenset(vars(nn.Module())) - {"training"}
 # Attributes of a compressed module that say what it is, and those with which accelerate hooks a module.
@@ -30,6 +30,23 @@ _RESERVED = frozenset(
     {"scheme", "format", "sparsity", "dtype", "_layout", "_weight_shape", "_weight_name", "_input", "_output"}
 )
 _HOOKED = frozenset({"forward", "_hf_hook", "_old_forward"})
+_LEFT_BEHIND = _RESERVED | _HOOKED
+# The hooks that a module's successor takes over: those that see what it computes, not those of its state dict.
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+_STARTED_ANEW = tuple(
+    (name, type(value)) for name, value in vars(nn.Module()).items() if name not in (*HOOKS, "training")
+)
+_OWN_PARAMETERS = frozenset({"weight", "bias"})
+_NOT_CARRIED = _STATE | _RESERVED | _HOOKED
 _SPECIAL = frozenset({"__call__", "__getattr__", "__getattribute__", "__getstate__", "__setattr__", "__setstate__"})
 _METADATA = frozenset({"device", "dim", "dtype", "is_cuda", "is_meta", "ndim", "numel", "shape", "size"})
 _REACHES_ANYTHING = frozenset({"eval", "exec", "globals", "locals", "__class__"})
@@ -41,21 +58,32 @@ def subclass_problem(module: nn.Linear | nn.Embedding) -> str | None:
     kind: Any = type(module)
     if original_forward(module) is not kind.forward:
         return "its forward has been replaced on the object itself, which a compressed module would lose"
-    parameters = sorted(module._parameters.keys() - {"weight", "bias"})
-    if parameters:
+    if not module._parameters.keys() <= _OWN_PARAMETERS:
+        parameters = sorted(module._parameters.keys() - _OWN_PARAMETERS)
         return f"it holds parameters besides its weight and bias: {', '.join(parameters)}"
-    taken = sorted(_RESERVED.intersection((*vars(module), *module._buffers, *module._modules)))
-    if taken:
+    if not all(map(_RESERVED.isdisjoint, (vars(module), module._buffers, module._modules))):
+        taken = sorted(_RESERVED.intersection((*vars(module), *module._buffers, *module._modules)))
         return f"it has attributes that a compressed module needs for itself: {', '.join(taken)}"
     return None if kind is nn.Linear or kind is nn.Embedding else _class_problem(kind)
 
 
 def blank_successor(module: nn.Linear | nn.Embedding) -> CompressedLinear | CompressedEmbedding:
-    """A compressed module for ``module``, not yet initialized: of a class derived from that of ``module``."""
+    """A compressed module for ``module``, not yet initialized: of a class derived from that of ``module``.
+
+    It has the mode of ``module``, its very hooks, its buffers, its children and all else but the tensors of the weight.
+    """
     base = CompressedLinear if isinstance(module, nn.Linear) else CompressedEmbedding
     kind: Any = type(module)
     kind = base if kind in (nn.Linear, nn.Embedding) else _compressed_class(kind)
     blank: CompressedLinear | CompressedEmbedding = kind.__new__(kind)
+    own = vars(blank)
+    own.update(vars(module))
+    for name in _LEFT_BEHIND & own.keys():
+        del own[name]
+    own.update([(name, kind_of_container()) for name, kind_of_container in _STARTED_ANEW])
+    own["_buffers"].update(module._buffers)
+    own["_non_persistent_buffers_set"].update(module._non_persistent_buffers_set)
+    own["_modules"].update(module._modules)
     return blank
 
 
@@ -67,11 +95,12 @@ def original_class(module: CompressedModule) -> type[nn.Module]:
 
 def carry_attributes(source: nn.Module, successor: nn.Module) -> None:
     """Give ``successor`` the buffers, the children and all else that ``source`` has, but tensors of the weight."""
+    own = vars(successor)
     for name, value in vars(source).items():
-        if name not in _STATE | _RESERVED | _HOOKED:
-            vars(successor).setdefault(name, value)
+        if name not in _NOT_CARRIED:
+            own.setdefault(name, value)
     successor._buffers.update(source._buffers)
-    successor._non_persistent_buffers_set |= source._non_persistent_buffers_set
+    successor._non_persistent_buffers_set.update(source._non_persistent_buffers_set)
     successor._modules.update(source._modules)
 
 
