@@ -97,8 +97,9 @@ def model_config(content: Any, notebook: Notebook, *, source: str = "config.json
         report = Report(lenient=True)
         repeated_keys(raw, place, report)
         notebook.add_all(codes.CONFIG_DOUBT.of(problem) for problem in report.warnings)
-        _check_status(raw, place, notebook)
-        _check_version(raw, place, notebook)
+        if config is not None or raw.get("config_groups") is not None:  # it is one of this format
+            _check_status(raw, place, notebook)
+            _check_version(raw, place, notebook)
     if config is not None:
         _check_transforms(config, notebook)
         _check_formats(config, notebook)
