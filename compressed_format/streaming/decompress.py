@@ -71,7 +71,10 @@ def decompress_checkpoint(
     source = Source.open(src)
     reader = open_checkpoint(src)
     if reader.config is None:
+        found = next((name for name in reader if name.rpartition(".")[2] in OF_COMPRESSED), None)
         message = "is not compressed: it has no quantization_config"
+        if found is not None:
+            message = f"holds {found}, and no quantization_config says how it is compressed"
         raise CheckpointError(problems=[Problem(str(src), message)])
     refused = unserved(reader.config)
     if refused:
