@@ -223,6 +223,7 @@ def _use_one_thread() -> None:
     with _settings:
         process: list[int] = []
         _on_a_new_thread(lambda: process.append(torch.get_num_threads()))
+        torch.get_num_threads()  # takes over the process's number now, and not after this one is set
         torch.set_num_threads(1)
         _on_a_new_thread(lambda: torch.set_num_threads(process[0]))
     _thread.is_set = True
