@@ -24,6 +24,8 @@ Figure = dict[str, Any]
 MAX_SERIES = 7
 """How many schemes have a colour of their own; more than that cannot be told apart."""
 _TICKS = 14
+_MANY = 100
+"""So many layers are drawn with finer marks."""
 _LABEL_LENGTH = 16
 
 
@@ -39,7 +41,7 @@ def series_of(scheme: int) -> int:
 
 def size_figure(inspection: Inspection, layers: Sequence[Layer]) -> Figure:
     """A bar for each layer: bytes by scheme, what is not compressed, and what is saved against the dense model."""
-    positions, axis = _positions(layers)
+    positions, axis, notes = _positions(layers)
     series: dict[int, list[int]] = {}
     for place, layer in enumerate(layers):
         for scheme, nbytes in layer.nbytes.items():
@@ -56,14 +58,14 @@ def size_figure(inspection: Inspection, layers: Sequence[Layer]) -> Figure:
     hovers = [_size_hover(inspection, layer, whole) for layer, whole in zip(layers, dense, strict=True)]
     traces.append(_hover_targets(positions, tops, hovers))
     y = {**_AXIS, "rangemode": "tozero", "tickformat": "~s", "ticksuffix": "B", "fixedrange": True}
-    layout = {**_LAYOUT, "barmode": "stack", "bargap": 0.15, "xaxis": axis, "yaxis": y}
+    layout = {**_layout_below(notes), "barmode": "stack", "xaxis": axis, "yaxis": y, "annotations": notes}
     return {"data": [trace for trace in traces if trace is not None], "layout": layout}
 
 
 def bits_figure(inspection: Inspection, layers: Sequence[Layer]) -> Figure:
     """A dot for each scheme in each layer at its bits per weight, and the layer's own as a line where they differ."""
     layers = [layer for layer in layers if layer.nbytes]
-    positions, axis = _positions(layers)
+    positions, axis, notes = _positions(layers)
     dots: dict[int, tuple[list[float], list[float]]] = {}
     for position, layer in zip(positions, layers, strict=True):
         for scheme, nbytes in layer.nbytes.items():
@@ -79,7 +81,7 @@ def bits_figure(inspection: Inspection, layers: Sequence[Layer]) -> Figure:
         traces.append({**trace, "line": line, "hoverinfo": "skip"})
     for number in sorted(dots):
         xs, ys = dots[number]
-        marker = {"color": f"@series-{number}", "size": 7, "line": {"color": "@surface", "width": 1}}
+        marker = {"color": f"@series-{number}", "size": 7 if len(layers) <= _MANY else 4}
         trace = {"type": "scatter", "mode": "markers", "name": _series_name(inspection, number), "x": xs, "y": ys}
         traces.append({**trace, "marker": marker, "hoverinfo": "skip"})
     hovers = [_bits_hover(inspection, layer) for layer in layers]
@@ -90,11 +92,14 @@ def bits_figure(inspection: Inspection, layers: Sequence[Layer]) -> Figure:
     dense = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": bits, "y1": bits, "layer": "below"}
     note = {"text": f"dense, {inspection.dtype}", "xref": "paper", "x": 1, "xanchor": "right", "y": bits}
     layout = {
-        **_LAYOUT,
+        **_layout_below(notes),
         "xaxis": axis,
         "yaxis": y,
         "shapes": [{**dense, "line": {"color": "@text-2", "width": 1, "dash": "dot"}}],
-        "annotations": [{**note, "yanchor": "top", "showarrow": False, "font": {"color": "@text-2", "size": 12}}],
+        "annotations": [
+            *notes,
+            {**note, "yanchor": "top", "showarrow": False, "font": {"color": "@text-2", "size": 12}},
+        ],
     }
     return {"data": traces, "layout": layout}
 
@@ -114,14 +119,14 @@ def error_figure(part: Part, span: tuple[float, float]) -> Figure:
     members = [(index, row) for index, row in part.rows if row.error is not None]
     positions = [index for index, _ in members]
     errors = [row.error for _, row in members if row.error is not None]
-    lines = "lines+markers" if part.stack is not None else "markers"
+    lines = "lines+markers" if part.stack is not None and len(members) <= _MANY else "markers"
     traces: list[Figure] = []
     for name, values, colour, symbol in (
         ("whole weight", [error.snr for error in errors], "@series-0", "circle"),
         ("worst channel", [error.worst_row_snr for error in errors], "@series-1", "diamond"),
     ):
         trace = {"type": "scatter", "mode": lines, "name": name, "x": positions, "y": [_number(v) for v in values]}
-        marker = {"color": colour, "size": 6, "symbol": symbol}
+        marker = {"color": colour, "size": 6 if len(members) <= _MANY else 3, "symbol": symbol}
         traces.append({**trace, "line": {"color": colour, "width": 1}, "marker": marker, "hoverinfo": "skip"})
     middles = [error.snr if math.isfinite(error.snr) else span[1] for error in errors]
     traces.append(_hover_targets(positions, middles, [_error_hover(row) for _, row in members]))
@@ -163,14 +168,20 @@ _LAYOUT: Figure = {
 }
 
 
+def _layout_below(notes: Sequence[Figure]) -> Figure:
+    """The layout with room for ``notes`` below the axis."""
+    return {**_LAYOUT, "margin": {**_LAYOUT["margin"], "b": 48}} if notes else _LAYOUT
+
+
 def _bars(name: str, positions: Sequence[float], values: Sequence[int], colour: str) -> Figure | None:
     """One colour of the bars; None where there is nothing of it."""
     if not any(values):
         return None
     heights = [value or None for value in values]
-    marker = {"color": colour, "line": {"color": "@surface", "width": 0.5}}
-    trace: Figure = {"type": "bar", "name": name, "x": list(positions), "y": heights, "width": 1 - 0.15}
-    return {**trace, "marker": marker, "hoverinfo": "skip"}
+    # Gaps between hundreds of bars would be thinner than a pixel, here and not there.
+    width = 0.85 if len(positions) <= _MANY else 1.0
+    trace: Figure = {"type": "bar", "name": name, "x": list(positions), "y": heights, "width": width}
+    return {**trace, "marker": {"color": colour, "line": {"width": 0}}, "hoverinfo": "skip"}
 
 
 def _hover_targets(positions: Sequence[float], heights: Sequence[float | None], hovers: Sequence[str]) -> Figure:
@@ -179,35 +190,46 @@ def _hover_targets(positions: Sequence[float], heights: Sequence[float | None], 
     return {**trace, "marker": {"color": "@clear", "size": 1}, "hovertemplate": "%{text}<extra></extra>"}
 
 
-def _positions(layers: Sequence[Layer]) -> tuple[list[float], Figure]:
-    """Where on the x axis each layer is, and the axis: stacks are apart, and have ticks at round numbers."""
-    alone = sum(layer.name is None or layer.name.index is None for layer in layers)
-    # So far from its neighbours that its name has room below it.
-    room = 0.0 if alone > 6 else max(len(layers) * 0.045, 0.4)
-    position, previous = 0.0, None
+def _positions(layers: Sequence[Layer]) -> tuple[list[float], Figure, list[Figure]]:
+    """Where on the x axis each layer is, the axis, and the names of the stacks below it, where there are several.
+
+    Stacks are apart, and have ticks at round numbers. So is what is in no stack, so that its name has room.
+    """
+    alone = sum(_stack(layer) is None for layer in layers)
+    room = 0.0 if alone > 6 else max(len(layers) * 0.05, 0.4)
     positions: list[float] = []
-    for layer in layers:
-        stack = layer.name.stack if layer.name is not None and layer.name.index is not None else None
-        if positions:
-            position += 1 + (
-                room * (stack is None) + room * (previous is None) if stack != previous or not stack else 0
-            )
-        positions.append(position)
-        previous = stack
     ticks: dict[float, str] = {}
+    spans: dict[str, list[float]] = {}
     step = _tick_step(len(layers))
-    for index, (layer, position) in enumerate(zip(layers, positions, strict=True)):
-        if layer.name is None:
-            ticks[position] = "rest"
-        elif layer.name.index is None:
-            if alone <= 6 or index % step == 0:
-                ticks[position] = _short(layer.name.stack)
-        elif layer.name.index % step == 0:
-            ticks[position] = str(layer.name.index)
+    for index, layer in enumerate(layers):
+        stack = _stack(layer)
+        if not positions:
+            position = 0.0
+        else:
+            before = _stack(layers[index - 1])
+            position = positions[-1] + 1 + (room if stack is None or stack != before else 0)
+        positions.append(position)
+        if stack is not None and layer.name is not None:
+            spans.setdefault(stack, []).append(position)
+            if (layer.name.index or 0) % step == 0:
+                ticks[position] = str(layer.name.index)
+        elif alone <= 6 or index % step == 0:
+            ticks[position] = "rest" if layer.name is None else _short(layer.name.stack)
     axis = {**_AXIS, "showgrid": False, "fixedrange": True, "tickvals": list(ticks), "ticktext": list(ticks.values())}
     if positions:
         axis["range"] = [-0.7, positions[-1] + 0.7]
-    return positions, axis
+    notes: list[Figure] = []
+    if len(spans) > 1:
+        axis |= {"tickangle": 0, "automargin": False}
+        style = {"yref": "paper", "y": 0, "yanchor": "top", "yshift": -20, "showarrow": False}
+        for stack, places in spans.items():
+            middle = (places[0] + places[-1]) / 2
+            notes.append({"text": _short(stack), "x": middle, "font": {"color": "@text-2", "size": 12}, **style})
+    return positions, axis, notes
+
+
+def _stack(layer: Layer) -> str | None:
+    return layer.name.stack if layer.name is not None and layer.name.index is not None else None
 
 
 def _tick_step(count: int) -> int:

@@ -53,5 +53,5 @@ def kernel_for(problem: KernelProblem, backend: Mapping[str, Any], *, device: st
     elif library["path"] is None:
         reason = f"the native library is not in use: {library['reason']}"
     else:
-        reason = f"no native kernel for {problem.op} in this release"
+        reason = "this release has no native kernel for it"
     return Kernel(problem.op, device, REFERENCE, reason)

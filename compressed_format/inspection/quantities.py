@@ -35,7 +35,7 @@ def _scaled(count: int) -> tuple[str, int]:
 
 def in_bits(value: float) -> str:
     """``4.25``; a dash where there is none."""
-    return f"{value:.2f}" if math.isfinite(value) else "–"
+    return f"{value:.2f}" if math.isfinite(value) else "-"
 
 
 def in_decibels(value: float) -> str:
@@ -48,5 +48,5 @@ def in_decibels(value: float) -> str:
 
 
 def in_shape(shape: Sequence[int]) -> str:
-    """``576 × 1536``; a dash for a single value."""
-    return " × ".join(map(str, shape)) or "–"
+    """``576 x 1536``; a dash for a single value."""
+    return " x ".join(map(str, shape)) or "-"
