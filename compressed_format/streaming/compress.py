@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -67,9 +68,10 @@ def compress_checkpoint(
     for problem in (*plan.warnings, *unserved):
         warnings.warn(str(problem), CompressedFormatWarning, stacklevel=2)
     builder = JobBuilder(source, Path(dst), parse_shard_size(max_shard_size))
-    for weight in plan.weights:
-        planned = counted(weight, _one_by_one)
-        builder.add(planned.outputs(), planned.tasks)
+    with _counting(workers, executor) as count:
+        for weight in plan.weights:
+            planned = counted(weight, count)
+            builder.add(planned.outputs(), planned.tasks)
     for name in source.checkpoint:
         if name not in plan.consumed:
             builder.copy(name)
@@ -78,5 +80,11 @@ def compress_checkpoint(
     run_job(job, Path(dst), workers=workers, executor=executor, progress=progress, overwrite=overwrite)
 
 
-def _one_by_one(counts: Iterable[Count]) -> Iterable[int]:
-    return [count() for count in counts]
+@contextmanager
+def _counting(workers: int | None, executor: Executor | None) -> Iterator[Callable[[Iterable[Count]], Iterable[int]]]:
+    """What carries out the counts that some plans need, all at the same time."""
+    if executor is not None:
+        yield lambda counts: executor.map(Count.run, counts)
+        return
+    with ThreadPoolExecutor(workers) as pool:  # which starts no thread before it has work
+        yield lambda counts: pool.map(Count.run, counts)

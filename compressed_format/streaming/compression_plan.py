@@ -91,7 +91,8 @@ class Count:
     planned: PlannedWeight
     rows: Range
 
-    def __call__(self) -> int:
+    def run(self) -> int:
+        """The count. Raises as compressing the rows does."""
         planned = self.planned
         assert planned.layout is not None
         assert planned.assignment is not None
