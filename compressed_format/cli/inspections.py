@@ -10,7 +10,7 @@ import click
 from compressed_format.cli.messages import printable
 from compressed_format.cli.options import debug_option, existing_path, json_option, print_json
 from compressed_format.cli.progress import progress_on
-from compressed_format.cli.tables import terminal_console
+from compressed_format.cli.tables import print_rendered
 
 __all__ = ["inspect_command"]
 
@@ -57,7 +57,6 @@ def inspect_command(path: Path, reference: Path | None, html: Path | None, as_js
         return
     from compressed_format.inspection.table import render_table
 
-    console = terminal_console()
-    console.print(render_table(inspection))
+    print_rendered(render_table(inspection))
     if html is not None:
         click.echo(f"{printable(str(html))}: written")

@@ -10,12 +10,11 @@ from typing import Any, TypeVar
 
 import click
 
-from compressed_format.cli.consumers import refuse_unserved
 from compressed_format.cli.exit_codes import ExitCode
 from compressed_format.cli.messages import Failure, printable
 from compressed_format.cli.options import consumer_names, debug_option, existing_path, for_option
 from compressed_format.cli.progress import duration, progress_on, size
-from compressed_format.errors import CompressedFormatError
+from compressed_format.errors import CheckpointExistsError, CompressedFormatError
 
 __all__ = ["compress_command", "decompress_command"]
 
@@ -85,7 +84,7 @@ Examples:
   compressed-format compress my-model my-model-w4a16 --config w4a16.json
   compressed-format compress my-model my-model-fp8 --config FP8_DYNAMIC --ignore lm_head
   compressed-format compress my-model out --config w4a16.json --for vllm --workers 2
-  compressed-format compress model.safetensors packed.safetensors --config W8A16""",
+  compressed-format compress model.safetensors packed.safetensors --config W8A16 --ignore lm_head""",
 )
 @click.option(
     "--config",
@@ -99,7 +98,10 @@ Examples:
     metavar="MODULE",
     help="Leave this module as it is; a name or re:REGEX, added to the config's own. May be given several times.",
 )
-@for_option("Refuse the job if this consumer could not serve the result. May be given several times.")
+@for_option(
+    "Refuse the job if this consumer could not serve the result. May be given several times. Without it, a warning "
+    "names those that could not."
+)
 @_job_options
 def compress_command(
     source: Path,
@@ -116,9 +118,8 @@ def compress_command(
     from compressed_format.streaming import compress_checkpoint
 
     with _job(source, destination, "compressed", quiet=quiet) as progress:
-        if consumers:
-            refuse_unserved(source, settings, consumer_names(consumers))
-        compress_checkpoint(source, destination, settings, progress=progress, **options)
+        wanted = consumer_names(consumers) if consumers else None
+        compress_checkpoint(source, destination, settings, progress=progress, consumers=wanted, **options)
 
 
 @click.command(
@@ -175,6 +176,9 @@ def _job(source: Path, destination: Path, done: str, *, quiet: bool) -> Iterator
             yield progress
     except KeyboardInterrupt as error:
         raise Failure(f"interrupted: {_way_on(destination)}", ExitCode.INTERRUPTED) from error
+    except CheckpointExistsError as error:
+        message = "already holds something; choose another destination, or --overwrite to replace it whole"
+        raise Failure(f"error: {destination}: {message}", ExitCode.WRONG) from error
     except CompressedFormatError as error:
         raise Failure(f"error: {error}", ExitCode.FOUND if began else ExitCode.WRONG) from error
     if not quiet:

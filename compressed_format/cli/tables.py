@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,15 +13,15 @@ import click
 from compressed_format.cli.messages import printable
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
-__all__ = ["is_terminal", "print_table", "terminal_console"]
+__all__ = ["is_terminal", "print_rendered", "print_table", "terminal_console"]
+
+_ANY_WIDTH = 1000  # columns: more than any table has
 
 
 def is_terminal(stream: Any) -> bool:
     """Whether a stream is a terminal that can move its cursor."""
-    import os
-
     return bool(stream.isatty()) and os.environ.get("TERM") != "dumb"
 
 
@@ -30,6 +32,18 @@ def terminal_console(stream: Any = None) -> Console:
     stream = stream or sys.stdout
     # Told and not asked: variables such as FORCE_COLOR would put colours into a pipe.
     return Console(file=stream, force_terminal=is_terminal(stream), highlight=False, soft_wrap=False)
+
+
+def print_rendered(renderable: RenderableType) -> None:
+    """Print what rich has laid out: to the width of a terminal, or as wide as it is, and plain, anywhere else."""
+    if is_terminal(sys.stdout):
+        terminal_console().print(renderable)
+        return
+    from rich.console import Console
+
+    text = io.StringIO()
+    Console(file=text, force_terminal=False, color_system=None, highlight=False, width=_ANY_WIDTH).print(renderable)
+    click.echo("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
