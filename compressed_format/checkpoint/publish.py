@@ -172,6 +172,8 @@ def _refuse_without_exchange(target: Path, partial: Path) -> None:
     probes = partial / ".exchange-1", partial / ".exchange-2"
     for probe in probes:
         with blaming(probe, "cannot be made"):
+            if os.path.lexists(probe):  # of an attempt that was killed right here
+                syscalls.remove(probe)
             syscalls.make_folder(probe)
     with blaming(target, "cannot be overwritten, because this file system cannot exchange two folders in one step"):
         syscalls.exchange(*probes)

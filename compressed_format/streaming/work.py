@@ -144,9 +144,10 @@ class _Work:
             self._noting = syncer.submit(self._note, units)
 
     def _finish_noting(self) -> None:
-        noting, self._noting = self._noting, None
-        self._noted_at = time.monotonic()
-        if noting is not None:
+        if self._noting is not None:
+            wait([self._noting])  # an interrupt here must not let a second note begin beside it
+            noting, self._noting = self._noting, None
+            self._noted_at = time.monotonic()
             noting.result()
 
     def _note_now(self) -> None:
@@ -167,13 +168,12 @@ class _Work:
 
     def _stop(self) -> None:
         """Let what runs come to its end and the rest not begin; then note what was done."""
-        running = list(self._running)
-        for future in running:
-            future.cancel()
-        # A unit that was still writing when the lock is given back could write into the files of another job.
+        # A unit that was still writing when the lock is given back could write into the files of another job. What
+        # could be cancelled is not waited for: not every executor tells when it has taken note of that.
+        running = [future for future in self._running if not future.cancel()]
         wait(running)
         for future in running:
-            if not future.cancelled() and future.exception() is None and future.result() is None:
+            if future.exception() is None and future.result() is None:
                 self._not_noted.append(self._running[future])
         with suppress(CheckpointError):  # the error that led here is the one to tell
             self._note_now()

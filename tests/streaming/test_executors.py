@@ -107,6 +107,23 @@ def test_how_many_are_on_their_way(tmp_path: Path) -> None:
     assert content_of(tmp_path / "out") == expected(pattern_job(4, 9))
 
 
+def test_an_executor_that_says_nothing_of_what_was_cancelled(tmp_path: Path) -> None:
+    """As Ray's futures do."""
+
+    class Silent(Here):
+        def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+            return super().submit(fn, *args, **kwargs) if args[0].index < 2 else Future()
+
+    def stop(done: int, _: int) -> None:
+        if done >= SPAN:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(pattern_job(), tmp_path / "out", executor=Silent(), progress=stop)
+    run_job(pattern_job(), tmp_path / "out")
+    assert content_of(tmp_path / "out") == expected(pattern_job())
+
+
 def test_processes(tmp_path: Path, processes: ProcessPoolExecutor) -> None:
     job = pattern_job()
     run_job(job, tmp_path / "out", executor=processes)

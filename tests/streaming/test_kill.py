@@ -83,7 +83,7 @@ def test_killed_before_each_call(before: bool, tmp_path: Path, job_calls: JobCal
     run_job(job, reset("counted"), workers=1, overwrite=before)
     # Before any other call there is the same on the disk as before the next one of these.
     changing = [at for at, call in enumerate(job_calls.record) if call[0] in CHANGES]
-    assert len(changing) > 30
+    assert len(changing) > 20
     for number in changing:
         target = reset(str(number))
         content = content_of(target) if before else {}
