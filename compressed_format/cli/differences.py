@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -77,11 +78,7 @@ def _print(found: Difference, limit: int | None) -> None:
         if (tensor.first.dtype, tensor.first.shape) != (tensor.second.dtype, tensor.second.shape)
     ]
     _print_block(f"other dtype or shape: {len(reshaped)}", ("tensor", "in A", "in B"), reshaped, limit)
-    valued = [
-        _value_row(tensor.name, tensor.values)
-        for tensor in found.tensors
-        if tensor.values is not None and tensor.values.differing
-    ]
+    valued = [_value_row(name, values) for name, values in _worst_first(found)]
     columns: tuple[str, ...] = ("tensor", "differing", "not finite", "max |a-b|", "rel. RMS", "SNR in dB")
     if not any(row[2] for row in valued):
         columns, valued = _without(columns, 2), [_without(row, 2) for row in valued]
@@ -91,6 +88,14 @@ def _print(found: Difference, limit: int | None) -> None:
         _print_block(f"{title}: {len(keys)}", ("place", "in A", "in B"), sides, limit)
     shared = f", {found.shared_tensors} of them the same bytes of the same file" if found.shared_tensors else ""
     click.echo(f"the same: {found.same_tensors} {'weights and other ' * found.dequantized}tensors{shared}")
+
+
+def _worst_first(found: Difference) -> list[tuple[str, ValueDifference]]:
+    """What has other values: first where nothing can be measured, then by falling relative error."""
+    differing = [
+        (each.name, each.values) for each in found.tensors if each.values is not None and each.values.differing
+    ]
+    return sorted(differing, key=lambda pair: -math.inf if pair[1].relative_rms is None else -pair[1].relative_rms)
 
 
 def _print_block(

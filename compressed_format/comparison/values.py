@@ -139,6 +139,12 @@ def _distances(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
     return distances
 
 
+def _energy(values: NDArray[Any]) -> float:
+    """The sum of the squares of the magnitudes."""
+    magnitudes = np.abs(values) if values.dtype.kind == "c" else values.astype(np.float64, copy=False)
+    return float(np.square(magnitudes).sum())  # pairwise, and not by a library with threads of its own
+
+
 def _measured(pieces: _Pieces, shape: tuple[int, ...]) -> ValueDifference | None:
     differing = unpaired = start = 0
     at = -1
@@ -146,14 +152,15 @@ def _measured(pieces: _Pieces, shape: tuple[int, ...]) -> ValueDifference | None
     with np.errstate(over="ignore", invalid="ignore"):
         for a, b, different in pieces:
             finite = np.isfinite(a) & np.isfinite(b)
-            energy += float(np.sum(np.abs(a[finite]).astype(np.float64) ** 2))
+            whole = bool(finite.all())  # as good as always: nothing has to be picked out
+            energy += _energy(a if whole else a[finite])
             if different.any():
                 at = start + int(different.argmax()) if at < 0 else at
                 differing += int(np.count_nonzero(different))
-                unpaired += int(np.count_nonzero(different & ~finite))
-                distances = _distances(a[finite & different], b[finite & different])
+                unpaired += 0 if whole else int(np.count_nonzero(different & ~finite))
+                distances = _distances(a, b) if whole else _distances(a[finite], b[finite])
                 largest = max(largest, float(distances.max(initial=0.0)))
-                error += float(np.sum(distances**2))
+                error += _energy(distances)
             start += len(a)
     if not differing:
         return None

@@ -102,9 +102,12 @@ def test_long_lists_are_cut(packed: Path, run: Run) -> None:
     assert "more" not in run("diff", dense, packed, "--limit", "0").out
     ended = run("diff", dense, packed, "--dequantize")
     assert ended.code == 1
-    assert [line.split()[0] for line in ended.out.splitlines() if "_proj.weight" in line] == [
+    rows = [line.split() for line in ended.out.splitlines() if "_proj.weight" in line]
+    assert {row[0] for row in rows} == {
         f"model.layers.{layer}.mlp.{part}_proj.weight" for layer in (0, 1) for part in ("up", "down")
-    ]
+    }
+    noise = [float(row[5]) for row in rows]
+    assert noise == sorted(noise, reverse=True)  # the worst comes first
     assert ended.out.endswith("the same: 4 weights and other tensors\n")
 
 

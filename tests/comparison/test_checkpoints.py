@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from compressed_format.config import resolve_targets
 from compressed_format.errors import CheckpointError, ConfigError
 from compressed_format.formats import FORMATS
 from compressed_format.quantization import dequantize, quantize
+from compressed_format.reading import StoredModule
 
 Tensors = dict[str, torch.Tensor]
 
@@ -267,3 +269,43 @@ def test_what_cannot_be_read(tmp_path: Path, dense: Tensors) -> None:
     one = write(tmp_path / "one", dense)
     with pytest.raises(CheckpointError, match="there is no such file"):
         diff_checkpoints(one, tmp_path / "none")
+
+
+def test_memory_is_bounded_by_pieces_and_slabs(tmp_path: Path, dense: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = quantized(tmp_path / "one", dense, W4G16), quantized(tmp_path / "other", dense, FP8)
+    monkeypatch.setattr(checkpoints, "_SLAB_VALUES", 3000)
+    sizes: list[int] = []
+    really = StoredModule.dense
+
+    def watched(self: StoredModule, **part: Any) -> torch.Tensor:
+        made = really(self, **part)
+        sizes.append(made.numel())
+        return made
+
+    monkeypatch.setattr(StoredModule, "dense", watched)
+    diff_checkpoints(one, other, dequantize=True)
+    assert len(sizes) > 4
+    assert max(sizes) <= 3000
+    # Raw: two files of 16 MB that differ everywhere, of which the file's own memory does not count.
+    for number in (1, 2):
+        write(tmp_path / str(number), {"a": torch.full((2**23,), number, dtype=torch.bfloat16)})
+    tracemalloc.start()
+    try:
+        (tensor,) = diff_checkpoints(tmp_path / "1", tmp_path / "2").tensors
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert tensor.values is not None
+    assert tensor.values.differing == 2**23
+    assert peak < 16e6
+
+
+def test_progress(tmp_path: Path, dense: Tensors) -> None:
+    one, other = quantized(tmp_path / "one", dense, W4G16), dense_twin(tmp_path / "other", dense, W4G16)
+    told: list[tuple[int, int]] = []
+    diff_checkpoints(one, other, dequantize=True, progress=lambda done, total: told.append((done, total)))
+    total = sum(read_checkpoint(one).spec(name).nbytes for name in read_checkpoint(one))
+    assert [entry[1] for entry in told] == [total] * 6
+    done = [entry[0] for entry in told]
+    assert done == sorted(done)
+    assert (done[0], done[-1]) == (0, total)
