@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from frozendict import frozendict
 
 from compressed_format.checkpoint.collection import collection_paused
-from compressed_format.checkpoint.header import TensorSpec
-from compressed_format.checkpoint.index import INDEX_SUFFIX, STEMS, index_file, single_file
+from compressed_format.checkpoint.header import MOST_PROBLEMS, TensorSpec, show_name
+from compressed_format.checkpoint.index import INDEX_SUFFIX, MAX_TENSORS, STEMS, index_file, single_file
 from compressed_format.checkpoint.publish import PARTIAL_SUFFIX
 from compressed_format.checkpoint.shard_file import ShardFile, read_shard_names
 from compressed_format.dtypes import torch_dtype
@@ -145,23 +145,31 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     shards: dict[str, ShardFile] = {}
     tensors: dict[str, TensorSpec] = {}
     for file in files:
+        if len(problems) >= MOST_PROBLEMS:
+            break
         try:
             shards[file] = ShardFile.read(folder, file)
         except CheckpointError as error:
             problems.extend(error.problems)
             continue
+        if index is not None and len(problems) + len(tensors) > MAX_TENSORS:
+            raise _error(path, f"holds more than {MAX_TENSORS} tensors")
         for name, spec in shards[file].tensors.items():
             if index is None or weight_map.get(name) == file:
                 tensors[name] = spec
             elif name in weight_map:
-                problems.append(Problem(f"{file}: {name}", f"is here, and {index} says {weight_map[name]!r}"))
+                problems.append(
+                    Problem(f"{file}: {show_name(name)}", f"is here, and {index} says {weight_map[name]!r}")
+                )
             else:
-                problems.append(Problem(f"{file}: {name}", f"is here, and not in {index}"))
+                problems.append(Problem(f"{file}: {show_name(name)}", f"is here, and not in {index}"))
     for name, file in weight_map.items():
         if file in shards and name not in shards[file].tensors:
-            problems.append(Problem(f"{index}: weight_map.{name}", f"is not in {file}"))
+            problems.append(Problem(f"{index}: weight_map.{show_name(name)}", f"is not in {file}"))
+            if len(problems) >= MOST_PROBLEMS:
+                break
     if problems:
-        raise CheckpointError(f"{path} cannot be read:", problems)
+        raise CheckpointError(f"{path} cannot be read:", problems[:MOST_PROBLEMS])
     return Checkpoint(path, folder, tensors, shards)
 
 

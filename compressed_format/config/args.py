@@ -19,6 +19,7 @@ __all__ = ["QuantizationArgs"]
 _GROUPED = (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP)
 _DYNAMIC = (QuantizationStrategy.TOKEN, QuantizationStrategy.TENSOR, *_GROUPED)
 _FLOAT_BITS = (4, 6, 8)
+_WIDEST = 64
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,9 @@ def _check_width(fields: Mapping[str, Any], place: str, report: Report) -> None:
         if bits not in _FLOAT_BITS:
             report.error(child(place, "num_bits"), f"must be 4, 6 or 8 for type float, not {show(bits)}")
     elif not 1 <= bits <= 8:
-        report.doubt(child(place, "num_bits"), f"must be 1 to 8 for type int, not {show(bits)}")
+        # Wider integers than can be run are in checkpoints; what has no bits at all can only break arithmetic.
+        tell = report.doubt if 1 <= bits <= _WIDEST else report.error
+        tell(child(place, "num_bits"), f"must be 1 to 8 for type int, not {show(bits)}")
 
 
 def _settle_strategy(fields: dict[str, Any], place: str, report: Report) -> None:

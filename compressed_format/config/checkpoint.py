@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ _Config = TypeVar("_Config", bound=QuantizationConfig)
 
 _FILES = ("config.json", "params.json")
 _PIPELINE_FILE = "model_index.json"
+_MOST_GUESSES = 50
 _SIGNS = ("config_groups", "quant_method", "sparsity_config", "transform_config", "kv_cache_scheme")
 _SUBSTANCE = ("sparsity_config", "transform_config", "kv_cache_scheme")
 
@@ -91,7 +93,7 @@ def _todays_form(model: type[QuantizationConfig], raw: Mapping[Any, Any], report
     known = [name for name in model.model_fields if name not in model.derived]
     fields = {key: value for key, value in raw.items() if key in known or not isinstance(key, str)}
     others = {key: value for key, value in raw.items() if key not in fields}
-    for key in others:
+    for key in islice(others, _MOST_GUESSES):
         guess = nearest(key, known, cutoff=0.8)
         if guess is not None and guess not in fields:
             report.warn(child("", key), f"unknown key, did you mean {guess}?")

@@ -15,6 +15,8 @@ __all__ = ["parse_json", "read_bytes", "repeated_keys"]
 
 _LARGEST_FILE = 64 * 1024 * 1024
 _LONGEST_NUMBER = 400
+_MOST_MEMORY = 80_000_000
+"""Bytes that the values of a config may take, at most ten times of what the largest do that there are."""
 
 
 class _Object(dict[str, Any]):
@@ -38,11 +40,17 @@ def read_bytes(path: Path) -> bytes:
 
 def parse_json(content: bytes, source: str) -> Any:
     """The value of JSON text; what is wrong with it is a ``ConfigError`` that names file, line and column."""
+    if len(content) * (2 if content.isascii() else 8) > _MOST_MEMORY:
+        message = f"to read its {len(content)} bytes would take too much memory, more than {_MOST_MEMORY} bytes"
+        raise _no_json(source, message)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line, column = _position(content[: error.start])
         raise _no_json(f"{source}:{line}:{column}", f"byte 0x{content[error.start]:02x} is no UTF-8") from None
+    if _memory(content) > _MOST_MEMORY:
+        message = f"to read it would take too much memory, more than {_MOST_MEMORY} bytes"
+        raise _no_json(source, f"{message}: it is too large or nested too deeply")
     try:
         return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
     except json.JSONDecodeError as error:
@@ -55,6 +63,8 @@ def parse_json(content: bytes, source: str) -> Any:
 
 def repeated_keys(value: Any, place: str, report: Report) -> None:
     """Report every key that stands twice in one object anywhere in a parsed ``value``."""
+    if not _holds_repeated(value):
+        return
     waiting = [(place, value)]
     while waiting:
         place, value = waiting.pop()
@@ -64,6 +74,26 @@ def repeated_keys(value: Any, place: str, report: Report) -> None:
             waiting.extend((child(place, key), member) for key, member in value.items())
         elif isinstance(value, list):
             waiting.extend((child(place, index), member) for index, member in enumerate(value))
+
+
+def _memory(content: bytes) -> int:
+    """About how many bytes the values in JSON text take; seldom less. One wide character widens its whole text."""
+    members, items = content.count(b":"), content.count(b",")
+    return 160 * members + 48 * items + 64 * (content.count(b"[") + content.count(b"{"))
+
+
+def _holds_repeated(value: Any) -> bool:
+    """Whether any object in ``value`` had a key twice; without the places, which take most of the time."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            if type(value) is _Object:
+                return True
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(value)
+    return False
 
 
 class _NumberTooLongError(ValueError):

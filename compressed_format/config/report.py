@@ -15,6 +15,8 @@ __all__ = ["INVALID", "Invalid", "Report", "child", "nearest", "options", "show"
 
 _PLAIN_KEY = re.compile(r"[A-Za-z_$][\w$-]*", re.ASCII)
 _LONGEST_SHOWN = 60
+_MOST_PROBLEMS = 1000
+"""Listed of one config: a file in which everything is wrong must not fill the memory with words about it."""
 
 
 class Invalid(Enum):
@@ -40,18 +42,24 @@ class Report:
         self.errors: list[Problem] = []
         self.warnings: list[Problem] = []
         self.unknown: dict[str, Any] = {}
+        self.pattern_size = 0
 
     def error(self, place: str, message: str) -> None:
         """Something that cannot be read or cannot mean anything."""
         self.errors.append(Problem(place, message))
+        if len(self.errors) == _MOST_PROBLEMS:
+            raise ConfigError(f"the config has {_MOST_PROBLEMS} problems or more:", self.errors)
 
     def warn(self, place: str, message: str) -> None:
         """Something that a careful reader of a checkpoint would want to know."""
-        self.warnings.append(Problem(place, message))
+        if len(self.warnings) < _MOST_PROBLEMS:
+            self.warnings.append(Problem(place, message))
+        elif len(self.warnings) == _MOST_PROBLEMS:
+            self.warnings.append(Problem(place, f"and there is more to warn of than {_MOST_PROBLEMS} times"))
 
     def doubt(self, place: str, message: str) -> None:
         """Something that means nothing but does not keep a checkpoint from being decoded."""
-        (self.warnings if self.lenient else self.errors).append(Problem(place, message))
+        (self.warn if self.lenient else self.error)(place, message)
 
     def unknown_key(self, place: str, key: str, value: Any, known: Iterable[str]) -> None:
         """A key that the format does not have: an error, except where a checkpoint may carry it."""

@@ -7,6 +7,7 @@ meaning.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +17,17 @@ import torch
 import transformers
 from torch import nn
 
+from compressed_format.checkpoint import read_checkpoint
 from compressed_format.config import QuantizationConfig
-from compressed_format.errors import CheckpointError, Problem
+from compressed_format.errors import CheckpointError, CompressedFormatError, Problem
 from compressed_format.integrations.quantization_config import METHOD
 from compressed_format.integrations.quantizer import misshapen
 
 __all__ = ["load_pretrained", "model_class"]
+
+_COUNT_OF_LAYERS = re.compile(r"(\w+_)?(layers|depth|blocks|n_layer)|num_(local_|routed_)?experts")
+_ALWAYS_FINE = 1000
+_LONGEST_REASON = 2000
 
 
 def load_pretrained(
@@ -42,12 +48,19 @@ def load_pretrained(
             "load_compressed takes no quantization_config: the checkpoint has its own; decompress() the loaded model "
             "for a dense one, or call enable_transformers() and plain from_pretrained"
         )
-    trust = {key: from_pretrained[key] for key in ("trust_remote_code",) if key in from_pretrained}
+    # Said outright: left open, transformers asks on the terminal whether to run code that lies in the folder.
+    from_pretrained.setdefault("trust_remote_code", False)
     try:
-        model_config = transformers.AutoConfig.from_pretrained(path, **trust)
-    except (ValueError, OSError) as error:
-        message = f"{path}: transformers cannot tell which model this is ({error}); pass model="
+        model_config = transformers.AutoConfig.from_pretrained(
+            path, trust_remote_code=from_pretrained["trust_remote_code"]
+        )
+        kind = model_class(model_config, from_pretrained)
+    except Exception as error:  # it believes whatever the file says, and trips over it anywhere
+        message = f"{path}: transformers cannot tell which model this is ({_words(error)}); pass model="
         raise CheckpointError(message) from error
+    if from_pretrained.keys().isdisjoint(("subfolder", "variant")):
+        # transformers opens the same files, but trusts their index, and has no word for what is wrong in them.
+        _refuse_more_layers_than(len(read_checkpoint(path)), model_config, path)
     # It may have been found in either of the two other places, which would be written again as they are.
     for owner, key in (
         (model_config, "compression_config"),
@@ -56,8 +69,10 @@ def load_pretrained(
         if owner is not None and key in vars(owner):
             delattr(owner, key)
     model_config.quantization_config = {**config.to_dict(), "quant_method": METHOD}
-    kind = model_class(model_config, from_pretrained)
-    with _quiet_report():
+    with (
+        _quiet_report(),
+        _built_by_transformers(f"{path}: transformers cannot build {kind.__name__} as config.json says"),
+    ):
         model, info = kind.from_pretrained(
             path,
             config=model_config,
@@ -98,6 +113,34 @@ def model_class(config: Any, from_pretrained: Mapping[str, Any]) -> Any:
             if type(config) in auto._model_mapping:
                 return auto
     return transformers.AutoModelForCausalLM
+
+
+def _refuse_more_layers_than(tensors: int, model_config: Any, path: Path) -> None:
+    """Each layer has a tensor at least; millions of them, which a number in a config makes, would take for ever."""
+    parts = [model_config, *(part for part in vars(model_config).values() if hasattr(part, "to_dict"))]
+    for part in parts:
+        for key, value in vars(part).items():
+            if _COUNT_OF_LAYERS.fullmatch(key) and isinstance(value, int) and value > max(tensors, _ALWAYS_FINE):
+                message = f"says {value}, and the checkpoint has {tensors} tensors"
+                raise CheckpointError(problems=[Problem(f"{path / 'config.json'}: {key}", message)])
+
+
+@contextmanager
+def _built_by_transformers(message: str) -> Iterator[None]:
+    """Turns what transformers and torch raise where a config asks for the impossible into :class:`CheckpointError`."""
+    try:
+        yield
+    except CompressedFormatError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{message} ({_words(error)})") from error
+
+
+def _words(error: Exception) -> str:
+    """What an exception says, in one line and not at any length; with its class, if it says little by itself."""
+    text = " ".join(str(error).split())
+    shown = text if len(text) <= _LONGEST_REASON else text[:_LONGEST_REASON] + "…"
+    return shown if type(error) in (OSError, ValueError) else f"{type(error).__name__}: {shown}"
 
 
 @contextmanager

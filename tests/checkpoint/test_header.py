@@ -14,6 +14,7 @@ from safetensors.torch import load
 from compressed_format.checkpoint import TensorSpec, header, read_checkpoint, write_checkpoint
 from compressed_format.checkpoint.header import build_header, parse_header
 from compressed_format.errors import CheckpointError
+from tests.hostile.headers import HOSTILE, entry
 
 RawFile = Callable[..., bytes]
 
@@ -65,77 +66,6 @@ def test_a_header_that_no_reader_takes_is_not_built(monkeypatch: pytest.MonkeyPa
         build_header([("x" * 1000, "uint8", (1,))], {})
 
 
-def _entry(dtype: Any = "U8", shape: Any = (4,), offsets: Any = (0, 4), **more: Any) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": offsets, **more}
-
-
-def _deep(depth: int) -> bytes:
-    return b'{"a":' + b"[" * depth + b"]" * depth + b"}"
-
-
-# name: (header, data, further arguments of raw_file, part of the message)
-HOSTILE: dict[str, tuple[Any, bytes, dict[str, int], str]] = {
-    "length past the end": ({}, b"", {"length": 3}, "whole file has 10"),
-    "length far past the end": ({}, b"", {"length": 99_999_999}, "whole file has"),
-    "length above the cap": ({}, b"", {"length": 100_000_001}, "not read"),
-    "length of 2**64 - 1": ({}, b"", {"length": 2**64 - 1}, "not read"),
-    "length zero": ({}, b"", {"length": 0}, "empty one"),
-    "length cuts the JSON": ({"a": _entry()}, bytes(4), {"length": 10}, "cannot be read"),
-    "not JSON": (b"{hello}", b"", {}, "cannot be read"),
-    "a list": (b"[]", b"", {}, "opening brace"),
-    "a number": (b"12", b"", {}, "opening brace"),
-    "space before the object": (b" {}", b"", {}, "opening brace"),
-    "more after the object": (b"{}{}", b"", {}, "Extra data"),
-    "not UTF-8": (b'{"\xff":1}', b"", {}, "not UTF-8 at byte 2"),
-    "half a surrogate pair": (rb'{"\ud800":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}', b"", {}, "Unicode"),
-    "NaN": (b'{"a":NaN}', b"", {}, "NaN"),
-    "nested deeply": (_deep(100_000), b"", {}, "nested too deeply"),
-    "a number of 10000 digits": (b'{"a":' + b"9" * 10_000 + b"}", b"", {}, "digits"),
-    "tensor twice": (b'{"a":{},"b":{},"a":{}}', b"", {}, "'a' occurs twice"),
-    "key of an entry twice": (b'{"a":{"dtype":"U8","dtype":"I8"}}', b"", {}, "'dtype' occurs twice"),
-    "metadata twice": (b'{"__metadata__":{},"__metadata__":{}}', b"", {}, "occurs twice"),
-    "metadata a list": ({"__metadata__": []}, b"", {}, "__metadata__: must be"),
-    "metadata with a number": ({"__metadata__": {"a": 1}}, b"", {}, "__metadata__: must be"),
-    "entry null": ({"a": None}, b"", {}, "a: must be an object"),
-    "entry without offsets": ({"a": {"dtype": "U8", "shape": []}}, b"", {}, "exactly the keys"),
-    "entry with more": ({"a": _entry(strides=[1])}, bytes(4), {}, "exactly the keys"),
-    "unknown dtype": ({"a": _entry("F7")}, bytes(4), {}, "unknown dtype 'F7'"),
-    "dtype in lower case": ({"a": _entry("u8")}, bytes(4), {}, "unknown dtype"),
-    "dtype a list": ({"a": _entry(["U8"])}, bytes(4), {}, "unknown dtype"),
-    "dtype very long": ({"a": _entry("U" * 10_000)}, bytes(4), {}, r"UUU\.\.\.UUU"),
-    "shape a number": ({"a": _entry(shape=4)}, bytes(4), {}, "shape 4 must"),
-    "shape negative": ({"a": _entry(shape=[-2, -2])}, bytes(4), {}, "shape"),
-    "shape of floats": ({"a": _entry(shape=[4.0])}, bytes(4), {}, "shape"),
-    "shape of booleans": ({"a": _entry(shape=[True, 4])}, bytes(4), {}, "shape"),
-    "shape of strings": ({"a": _entry(shape=["4"])}, bytes(4), {}, "shape"),
-    "dimension above 64 bits": ({"a": _entry(shape=[2**64 + 4])}, bytes(4), {}, "2\\*\\*63"),
-    "product wraps around to 4": ({"a": _entry(shape=[2**62 + 1, 4])}, bytes(4), {}, "larger than any memory"),
-    "product overflows before a zero": ({"a": _entry(shape=[2**62, 2**62, 0], offsets=[0, 0])}, b"", {}, "memory"),
-    "a million dimensions": ({"a": _entry(shape=[2] * 1_000_000)}, bytes(4), {}, "memory"),
-    "shape disagrees": ({"a": _entry(shape=[3])}, bytes(4), {}, "takes 3 bytes"),
-    "zero dimension with bytes": ({"a": _entry(shape=[0])}, bytes(4), {}, "takes 0 bytes"),
-    "offsets a string": ({"a": _entry(offsets="04")}, bytes(4), {}, "data_offsets"),
-    "one offset": ({"a": _entry(offsets=[4])}, bytes(4), {}, "data_offsets"),
-    "three offsets": ({"a": _entry(offsets=[0, 4, 4])}, bytes(4), {}, "data_offsets"),
-    "offsets reversed": ({"a": _entry(offsets=[4, 0])}, bytes(4), {}, "not above"),
-    "offsets negative": ({"a": _entry(offsets=[-4, 0])}, bytes(4), {}, "data_offsets"),
-    "offsets past the end": ({"a": _entry(offsets=[1, 5])}, bytes(4), {}, "past the end"),
-    "offsets far past the end": ({"a": _entry(offsets=[2**62, 2**62 + 4])}, bytes(4), {}, "past the end"),
-    "hole before the first": ({"a": _entry(offsets=[1, 5])}, bytes(5), {}, "hole"),
-    "hole between two": ({"a": _entry(), "b": _entry(offsets=[5, 9])}, bytes(9), {}, "b: .*hole"),
-    "overlap": ({"a": _entry(), "b": _entry(offsets=[3, 7])}, bytes(7), {}, "b: .*overlaps"),
-    "the same bytes twice": ({"a": _entry(), "b": _entry()}, bytes(4), {}, "b: .*overlaps"),
-    "an empty tensor inside another": (
-        {"a": _entry(), "b": _entry(shape=[0], offsets=[2, 2])},
-        bytes(4),
-        {},
-        "b: .*overlaps",
-    ),
-    "bytes after the last": ({"a": _entry()}, bytes(5), {}, "the file at"),
-    "bytes and no tensor": ({}, bytes(1), {}, "the file at"),
-}
-
-
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_headers(case: str, tmp_path: Path, raw_file: RawFile) -> None:
     text, data, more, message = HOSTILE[case]
@@ -169,7 +99,7 @@ def test_cut_anywhere(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
 def test_all_problems_in_one_error(tmp_path: Path, raw_file: RawFile) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(
-        raw_file({"__metadata__": 3, "a": _entry("F7"), "b": _entry(shape=[-1]), "c": 4, "fine": _entry()})
+        raw_file({"__metadata__": 3, "a": entry("F7"), "b": entry(shape=[-1]), "c": 4, "fine": entry()})
     )
     with pytest.raises(CheckpointError) as caught:
         read_checkpoint(path)
@@ -182,18 +112,18 @@ VALID: dict[str, tuple[Any, bytes]] = {
     "nothing": ({}, b""),
     "metadata alone": ({"__metadata__": {"a": ""}}, b""),
     "trailing spaces": (b"{}   \n", b""),
-    "entries in another order than their data": ({"b": _entry(offsets=[4, 8]), "a": _entry()}, b"abcdefgh"),
+    "entries in another order than their data": ({"b": entry(offsets=[4, 8]), "a": entry()}, b"abcdefgh"),
     "empty tensors between others": (
         {
-            "z": _entry(shape=[2, 0], offsets=[4, 4]),
-            "b": _entry(offsets=[4, 8]),
-            "a": _entry(),
-            "y": _entry("I64", [0], [8, 8]),
+            "z": entry(shape=[2, 0], offsets=[4, 4]),
+            "b": entry(offsets=[4, 8]),
+            "a": entry(),
+            "y": entry("I64", [0], [8, 8]),
         },
         b"abcdefgh",
     ),
     "escapes": (rb'{"\u00e4\n":{"dtype":"U8","shape":[],"data_offsets":[0,1]}}', b"x"),
-    "empty name": ({"": _entry()}, b"abcd"),
+    "empty name": ({"": entry()}, b"abcd"),
 }
 
 
