@@ -9,8 +9,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from compressed_format.checkpoint.header import build_header
 from compressed_format.checkpoint.spans import read_span, write_span
+from compressed_format.streaming.engine import run_job
 from compressed_format.streaming.job import Job, Part
 
 SPAN = 96
@@ -112,3 +115,14 @@ def expected(job: Job) -> dict[str, bytes | None]:
         content[name] = data
         content.update({str(parent): None for parent in Path(name).parents[:-1]})
     return content
+
+
+def interrupted(job: Job, target: Path, units: int = 9, **more: object) -> None:
+    """Run a job on one worker until so many units are done."""
+
+    def progress(done: int, _: int) -> None:
+        if done >= units * SPAN:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(job, target, workers=1, progress=progress, **more)  # type: ignore[arg-type]
