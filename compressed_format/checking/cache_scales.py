@@ -8,6 +8,8 @@ from compressed_format.checking import codes
 from compressed_format.checking.notebook import Notebook
 from compressed_format.checking.stored import Stored
 from compressed_format.config import QuantizationConfig, QuantizationStrategy
+from compressed_format.dtypes import torch_dtype
+from compressed_format.formats.base import FLOAT_DTYPES
 
 __all__ = ["CACHE_SCALES", "check_cache_scales"]
 
@@ -17,6 +19,11 @@ _OLD_MODULES = ("k_proj", "v_proj")
 
 def check_cache_scales(config: QuantizationConfig, stored: Stored, notebook: Notebook) -> None:
     """Note scales of a cache that are missing, misshapen, called as in 2024, or without a scheme."""
+    for name, tensors in stored.modules.items():
+        for suffix in CACHE_SCALES:
+            if suffix in tensors and torch_dtype(tensors[suffix].dtype) not in FLOAT_DTYPES:
+                message = f"has dtype {tensors[suffix].dtype}, expected float32, float16 or bfloat16"
+                notebook.add(codes.DTYPE, f"{name}.{suffix}", message)
     scheme = config.kv_cache_scheme
     with_scales = {
         name: tensors for name, tensors in stored.modules.items() if "k_scale" in tensors or "v_scale" in tensors

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-import torch
-
 from compressed_format.bitpack import packed_words, word_aligned_words
 from compressed_format.checking.chunks import ChunkReader
 from compressed_format.checkpoint import TensorSpec
@@ -39,7 +37,7 @@ def told_layout(
         return PackLayout.WORD_ALIGNED, f"version {version} wrote it; only its words, which were not read, could differ"
     unused = -1 << (32 // bits * bits)
     for _, part in reader.chunks(packed):
-        if bool((part.to(torch.int32) & unused).any()):
+        if bool((part & unused).any()):
             return PackLayout.DENSE, "bits are set that the other one leaves empty"
     by_whom = f"version {version} wrote it, and " if match is not None else ""
     return PackLayout.WORD_ALIGNED, f"{by_whom}the {32 - 32 // bits * bits} upper bits of all words are empty"

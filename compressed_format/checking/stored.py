@@ -160,7 +160,7 @@ class ModuleCheck:
 
     def _tell_layout(self, columns: int, args: QuantizationArgs) -> None:
         packed = self.tensors["weight_packed"]
-        if len(packed.shape) != 2:
+        if len(packed.shape) != 2 or packed.dtype != "int32":
             return
         known = columns if self.columns_known else None
         told = told_layout(packed, args.num_bits, known, self.version, self._reader)

@@ -17,6 +17,8 @@ from compressed_format.checking.notebook import Notebook
 from compressed_format.checking.stored import ModuleCheck
 from compressed_format.checkpoint import TensorSpec
 from compressed_format.config import QuantizationArgs, QuantizationType
+from compressed_format.dtypes import torch_dtype
+from compressed_format.formats.base import FLOAT_DTYPES
 
 __all__ = ["check_cache_values", "check_values"]
 
@@ -66,7 +68,7 @@ def check_cache_values(
     """Note scales of a KV cache that are NaN, infinite, zero or negative. Raises as :func:`check_values` does."""
     for name, tensors in modules.items():
         for suffix in CACHE_SCALES:
-            if suffix in tensors:
+            if suffix in tensors and torch_dtype(tensors[suffix].dtype) in FLOAT_DTYPES:
                 _check_positive(reader, tensors[suffix], f"{name}.{suffix}", codes.ACTIVATION_SCALE, notebook)
 
 

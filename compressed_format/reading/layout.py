@@ -85,14 +85,17 @@ class WeightLayout:
 
     def specs(self, shape: tuple[int, int] | None = None) -> dict[str, TensorSpec]:
         """The tensors of this weight, or of one of another ``shape`` that is stored likewise."""
+        shape = shape or self.shape
         specs = weight_specs(
-            shape or self.shape,
+            shape,
             self.args,
             self.format,
             self.sparsity,
             self.pack_layout,
             zero_points_unpacked=self.zero_points_unpacked,
         )
+        if "weight_g_idx" in self.suffixes:  # in files whose config does not announce it, too
+            specs["weight_g_idx"] = TensorSpec((torch.int32,), (shape[1],))
         return {suffix: spec for suffix, spec in specs.items() if suffix in self.suffixes}
 
     @property
