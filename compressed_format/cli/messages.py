@@ -12,7 +12,7 @@ import click
 from compressed_format.cli.exit_codes import ExitCode
 from compressed_format.errors import CompressedFormatError
 
-__all__ = ["Failure", "PipeClosed", "end_by", "one_line", "printable", "show_warnings"]
+__all__ = ["Failure", "end_by", "one_line", "printable", "show_warnings"]
 
 
 class Failure(Exception):  # noqa: N818
@@ -23,15 +23,11 @@ class Failure(Exception):  # noqa: N818
         self.code = code
 
 
-class PipeClosed(Exception):  # noqa: N818
-    """Whoever read the output is gone."""
-
-
 def end_by(error: BaseException, *, debug: bool) -> NoReturn:
     """Print what went wrong, and end the process with the code that says so."""
     if isinstance(error, click.exceptions.Exit):
         sys.exit(error.exit_code)
-    if isinstance(error, (PipeClosed, BrokenPipeError)):
+    if isinstance(error, BrokenPipeError):
         # Python would flush stdout once more at its end, and complain.
         sys.stdout = None
         sys.exit(ExitCode.PIPE_CLOSED)

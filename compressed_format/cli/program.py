@@ -14,7 +14,7 @@ from frozendict import frozendict
 
 import compressed_format
 from compressed_format.cli.exit_codes import EXIT_CODES
-from compressed_format.cli.messages import PipeClosed, end_by, show_warnings
+from compressed_format.cli.messages import end_by, show_warnings
 from compressed_format.cli.options import debug_is_on, debug_option, forget_debug
 
 __all__ = ["COMMANDS", "PROGRAM", "command_line", "main"]
@@ -38,15 +38,6 @@ COMMANDS = frozendict(
 
 class _Commands(click.Group):
     """A group whose commands are imported when they are called."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            result = super().invoke(ctx)
-            # Here, so that a reader who has closed the pipe is noticed while that can be handled.
-            sys.stdout.flush()
-        except BrokenPipeError as error:  # which click would make an exit of its own of
-            raise PipeClosed from error
-        return result
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -120,10 +111,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):  # what a terminal's encoding lacks is written out
             stream.reconfigure(errors="backslashreplace")
     options: dict[str, Any] = {"args": arguments, "prog_name": PROGRAM, "standalone_mode": False}
+    stdout = sys.stdout
     try:
         result = command_line.main(**options)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where it can still be told that it failed
+    except SystemExit:
+        if sys.stdout is not stdout:  # which click replaces where whoever read it is gone, before an exit of its own
+            end_by(BrokenPipeError(), debug=False)
+        raise
     except BaseException as error:
-        if isinstance(error, SystemExit):
-            raise
         end_by(error, debug=debug_is_on())
     sys.exit(result if isinstance(result, int) else 0)

@@ -22,7 +22,7 @@ _ANY_WIDTH = 1000  # columns: more than any table has
 
 def is_terminal(stream: Any) -> bool:
     """Whether a stream is a terminal that can move its cursor."""
-    return bool(stream.isatty()) and os.environ.get("TERM") != "dumb"
+    return stream is not None and bool(stream.isatty()) and os.environ.get("TERM") != "dumb"
 
 
 def terminal_console(stream: Any = None) -> Console:

@@ -118,13 +118,23 @@ def test_interrupted_anywhere(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
     assert ended.err.strip() == "interrupted"
 
 
-def test_a_closed_pipe_is_quiet() -> None:
+@pytest.mark.parametrize("command", ["schema", "--help"])
+def test_a_closed_pipe_is_quiet(command: str) -> None:
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "compressed_format", "schema"]
-    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False)
+    arguments = [sys.executable, "-m", "compressed_format", command]
+    ended = subprocess.run(arguments, stdout=write, stderr=subprocess.PIPE, check=False)
     os.close(write)
     assert (ended.returncode, ended.stderr) == (141, b"")
+
+
+def test_output_that_cannot_be_written_and_none_at_all() -> None:
+    command = f"{sys.executable} -m compressed_format presets"
+    ended = subprocess.run(f"{command} > /dev/full", shell=True, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr == "error: OSError: [Errno 28] No space left on device (--debug shows where)\n"
+    ended = subprocess.run(f"{command} >&-", shell=True, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_warnings_are_one_line(run_apart: Run, tmp_path: Path) -> None:
