@@ -40,10 +40,24 @@ demo: $(READY)  ## Compress a small language model and let it write
 test: $(READY)  ## Run the tests, with coverage
 	$(BIN)/pytest --cov --cov-report=term --cov-fail-under=95
 
+# Where the tests of reports look for one, too.
+.PHONY: browser
+browser:  ## See to it that there is a browser for the tests of reports
+	@if test -n "$$BROWSER_PATH" || command -v chromium || command -v google-chrome; then exit 0; fi; \
+	if command -v apt-get >/dev/null && test "$$(id -u)" = 0; then \
+		apt-get update -qq && apt-get install -qq --no-install-recommends chromium >/dev/null; \
+	else \
+		echo "the tests of reports need chromium or google-chrome on PATH, or its path in BROWSER_PATH" >&2; exit 1; \
+	fi
+
 .PHONY: test-long
 test-long: $(READY)  ## Run what takes minutes, and test-torch-* for two other torches (downloads gigabytes)
 	$(BIN)/pytest -m long
 	$(MAKE) test-torch-2.11.0 test-torch-2.14.0
+
+.PHONY: test-sanitizers
+test-sanitizers: $(READY)  ## Run the kernels and the hostile checkpoints under the address and undefined behaviour sanitizers
+	$(BIN)/pytest -m long tests/native/test_sanitizers.py tests/hostile/test_sanitized_checkpoints.py
 
 # The op tests once more under a torch that the library was not built against, with the very library in the wheel.
 # Torch keeps its own choice of setuptools, which differs among its releases.

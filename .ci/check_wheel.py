@@ -32,10 +32,13 @@ def check_contents(wheel: Path) -> None:
         names = archive.namelist()
     assert sum(bool(re.fullmatch(r"compressed_format/lib\w+\.(so|dll)", name)) for name in names) == 1, names
     assert "compressed_format/py.typed" in names
+    page = {f"compressed_format/inspection/report.{kind}" for kind in ("html", "css", "js")}
+    assert page <= set(names), names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     # Neither sources nor tests nor anything else that lies in the tree: one package, and what describes it.
     strangers = [name for name in names if not re.match(r"compressed_format(-[^/]+\.dist-info)?/", name)]
-    strangers += [name for name in names if not re.search(r"\.(py|so|dll)$|/py\.typed$|\.dist-info/", name)]
+    known = r"\.(py|so|dll)$|/py\.typed$|\.dist-info/"
+    strangers += [name for name in names if name not in page and not re.search(known, name)]
     assert not strangers, strangers
 
 

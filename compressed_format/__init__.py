@@ -24,6 +24,7 @@ _EXPORTS = {
     "Difference": "comparison",
     "Finding": "checking",
     "FormatError": "errors",
+    "Inspection": "inspection",
     "OpArgumentError": "errors",
     "Problem": "errors",
     "QuantizationArgs": "config",
@@ -44,6 +45,7 @@ _EXPORTS = {
     "diff_checkpoints": "comparison",
     "disable_transformers": "takeover",
     "enable_transformers": "takeover",
+    "inspect_checkpoint": "inspection",
     "load_compressed": "load",
     "open_checkpoint": "reading",
     "quantize": "quantization",
@@ -73,6 +75,7 @@ if TYPE_CHECKING:
         TargetError,
         UnsupportedFormatError,
     )
+    from compressed_format.inspection import Inspection, inspect_checkpoint
     from compressed_format.load import load_compressed
     from compressed_format.modules.experts import CompressedExperts
     from compressed_format.modules.linear import CompressedEmbedding, CompressedLinear

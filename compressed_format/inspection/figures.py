@@ -24,14 +24,16 @@ Figure = dict[str, Any]
 MAX_SERIES = 7
 """How many schemes have a colour of their own; more than that cannot be told apart."""
 _TICKS = 14
+_MOST_ALONE = 6
+"""So many layers outside of stacks have room around them."""
 _MANY = 100
 """So many layers are drawn with finer marks."""
 _LABEL_LENGTH = 16
 
 
 def text(name: str) -> str:
-    """A name as plotly shows it literally."""
-    return html.escape(printable(name))
+    """A name as plotly shows it literally. Of the entities of HTML it knows few, and none of quotation marks."""
+    return html.escape(printable(name), quote=False)
 
 
 def series_of(scheme: int) -> int:
@@ -42,18 +44,19 @@ def series_of(scheme: int) -> int:
 def size_figure(inspection: Inspection, layers: Sequence[Layer]) -> Figure:
     """A bar for each layer: bytes by scheme, what is not compressed, and what is saved against the dense model."""
     positions, axis, notes = _positions(layers)
+    widths = _widths(layers)
     series: dict[int, list[int]] = {}
     for place, layer in enumerate(layers):
         for scheme, nbytes in layer.nbytes.items():
             series.setdefault(series_of(scheme), [0] * len(layers))[place] += nbytes
     traces = [
-        _bars(_series_name(inspection, number), positions, series[number], f"@series-{number}")
+        _bars(_series_name(inspection, number), positions, widths, series[number], f"@series-{number}")
         for number in sorted(series)
     ]
-    traces.append(_bars("not compressed", positions, [layer.other_nbytes for layer in layers], "@other"))
+    traces.append(_bars("not compressed", positions, widths, [layer.other_nbytes for layer in layers], "@other"))
     dense = [_dense_nbytes(inspection, layer) for layer in layers]
     saved = [max(whole - layer.total_nbytes, 0) for whole, layer in zip(dense, layers, strict=True)]
-    traces.append(_bars(f"saved against {inspection.dtype}", positions, saved, "@saved"))
+    traces.append(_bars(f"saved against {inspection.dtype}", positions, widths, saved, "@saved"))
     tops = [max(whole, layer.total_nbytes) for whole, layer in zip(dense, layers, strict=True)]
     hovers = [_size_hover(inspection, layer, whole) for layer, whole in zip(layers, dense, strict=True)]
     traces.append(_hover_targets(positions, tops, hovers))
@@ -148,6 +151,7 @@ _AXIS: Figure = {
     "tickcolor": "@axis",
     "zeroline": False,
     "automargin": True,
+    "ticklabeloverflow": "allow",
     "tickfont": {"color": "@text-2", "size": 12},
 }
 _LAYOUT: Figure = {
@@ -173,21 +177,30 @@ def _layout_below(notes: Sequence[Figure]) -> Figure:
     return {**_LAYOUT, "margin": {**_LAYOUT["margin"], "b": 48}} if notes else _LAYOUT
 
 
-def _bars(name: str, positions: Sequence[float], values: Sequence[int], colour: str) -> Figure | None:
+def _widths(layers: Sequence[Layer]) -> list[float]:
+    """How wide the bars are, in layers: what has room around it can still be seen beside hundreds of layers."""
+    # Gaps between hundreds of bars would be thinner than a pixel, here and not there.
+    usual = 0.85 if len(layers) <= _MANY else 1.0
+    alone = max(usual, len(layers) * 0.015) if sum(_stack(layer) is None for layer in layers) <= _MOST_ALONE else usual
+    return [usual if _stack(layer) is not None else alone for layer in layers]
+
+
+def _bars(
+    name: str, positions: Sequence[float], widths: Sequence[float], values: Sequence[int], colour: str
+) -> Figure | None:
     """One colour of the bars; None where there is nothing of it."""
     if not any(values):
         return None
     heights = [value or None for value in values]
-    # Gaps between hundreds of bars would be thinner than a pixel, here and not there.
-    width = 0.85 if len(positions) <= _MANY else 1.0
-    trace: Figure = {"type": "bar", "name": name, "x": list(positions), "y": heights, "width": width}
+    trace: Figure = {"type": "bar", "name": name, "x": list(positions), "y": heights, "width": list(widths)}
     return {**trace, "marker": {"color": colour, "line": {"width": 0}}, "hoverinfo": "skip"}
 
 
 def _hover_targets(positions: Sequence[float], heights: Sequence[float | None], hovers: Sequence[str]) -> Figure:
     """What shows the text of the nearest layer, wherever in the plot one points."""
     trace: Figure = {"type": "scatter", "mode": "markers", "x": list(positions), "y": list(heights), "text": hovers}
-    return {**trace, "marker": {"color": "@clear", "size": 1}, "hovertemplate": "%{text}<extra></extra>"}
+    # Its own text alone: positions on the x axis mean nothing to anyone.
+    return {**trace, "marker": {"color": "@clear", "size": 1}, "hoverinfo": "text"}
 
 
 def _positions(layers: Sequence[Layer]) -> tuple[list[float], Figure, list[Figure]]:
@@ -196,7 +209,7 @@ def _positions(layers: Sequence[Layer]) -> tuple[list[float], Figure, list[Figur
     Stacks are apart, and have ticks at round numbers. So is what is in no stack, so that its name has room.
     """
     alone = sum(_stack(layer) is None for layer in layers)
-    room = 0.0 if alone > 6 else max(len(layers) * 0.05, 0.4)
+    room = 0.0 if alone > _MOST_ALONE else max(len(layers) * 0.06, 0.4)
     positions: list[float] = []
     ticks: dict[float, str] = {}
     spans: dict[str, list[float]] = {}
@@ -213,11 +226,12 @@ def _positions(layers: Sequence[Layer]) -> tuple[list[float], Figure, list[Figur
             spans.setdefault(stack, []).append(position)
             if (layer.name.index or 0) % step == 0:
                 ticks[position] = str(layer.name.index)
-        elif alone <= 6 or index % step == 0:
+        elif alone <= _MOST_ALONE or index % step == 0:
             ticks[position] = "rest" if layer.name is None else _short(layer.name.stack)
     axis = {**_AXIS, "showgrid": False, "fixedrange": True, "tickvals": list(ticks), "ticktext": list(ticks.values())}
     if positions:
-        axis["range"] = [-0.7, positions[-1] + 0.7]
+        margin = max(0.7, len(layers) * 0.02)
+        axis["range"] = [-margin, positions[-1] + margin]
     notes: list[Figure] = []
     if len(spans) > 1:
         axis |= {"tickangle": 0, "automargin": False}
@@ -239,7 +253,7 @@ def _tick_step(count: int) -> int:
 
 def _short(name: str) -> str:
     last = printable(name).rpartition(".")[2]
-    return html.escape(last if len(last) <= _LABEL_LENGTH else f"{last[: _LABEL_LENGTH - 1]}…")
+    return text(last if len(last) <= _LABEL_LENGTH else f"{last[: _LABEL_LENGTH - 1]}…")
 
 
 def _series_name(inspection: Inspection, number: int) -> str:

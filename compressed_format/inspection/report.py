@@ -69,7 +69,8 @@ def render_report(inspection: Inspection) -> str:
         import jinja2
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        message = f"a report needs {error.name}, which is not installed: pip install 'compressed-format[report]'"
+        package = (error.name or "one of its packages").partition(".")[0]
+        message = f"a report needs {package}, which is not installed: pip install 'compressed-format[report]'"
         raise CompressedFormatError(message) from error
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
