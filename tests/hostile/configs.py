@@ -142,34 +142,64 @@ FIELDS = [
     Case("bits: 0", args(num_bits=0), "num_bits", CONFIG),
     Case("bits: 10**30", args(num_bits=10**30), "num_bits", CONFIG),
     Case("bits: a float", args(num_bits=4.5), "num_bits", CONFIG),
-    Case("bits: 1e999", text(QUANTIZATION % '{"config_groups": {"a": {"targets": ["x"], "weights": {"num_bits": 1e999}}}}'),
-         "num_bits", CONFIG),
+    Case(
+        "bits: 1e999",
+        text(QUANTIZATION % '{"config_groups": {"a": {"targets": ["x"], "weights": {"num_bits": 1e999}}}}'),
+        "num_bits",
+        CONFIG,
+    ),
     Case("group size: -7", args(group_size=-7), "group_size", CONFIG),
     Case("group size: 2**62", args(group_size=2**62), "", LOADERS),
     Case("group size: 1", args(group_size=1), "weight_scale", LOADERS),
     Case("block: 2**62 by 2**62", args(strategy="block", group_size=None, block_structure=[2**62, 2**62]), "", LOADERS),
     Case("block: of negative size", args(strategy="block", group_size=None, block_structure=[-1, 8]), "block", CONFIG),
     Case("block: a string", args(strategy="block", group_size=None, block_structure="0x0"), "block", CONFIG),
-    Case("half a character", text(QUANTIZATION % r'{"config_groups": {"\ud800": {"targets": ["\udfff"], "weights": 3}}}'),
-         "weights", CONFIG),
+    Case(
+        "half a character",
+        text(QUANTIZATION % r'{"config_groups": {"\ud800": {"targets": ["\udfff"], "weights": 3}}}'),
+        "weights",
+        CONFIG,
+    ),
     Case("a format nobody knows", changed(config_groups=_group(format="../../x")), "format", CONFIG),
     Case("another method", changed(config_groups=None, quant_method="gptq"), "config_groups", CONFIG),
-]  # fmt: skip
+]
 
 PATTERNS = [
     Case("a target that hangs", changed(config_groups=_group(targets=[HANGS])), "takes too long", LOADERS),
     Case("an ignore entry that hangs", changed(ignore=[HANGS]), "takes too long", LOADERS),
-    Case("100 targets that nearly hang",
-         changed(config_groups=_group(targets=[f"re:(.?){{{n}}}.*.*.*.*.*.*.*{n}$" for n in range(20, 120)])), "", LOADERS),
+    Case(
+        "100 targets that nearly hang",
+        changed(config_groups=_group(targets=[f"re:(.?){{{n}}}.*.*.*.*.*.*.*{n}$" for n in range(20, 120)])),
+        "",
+        LOADERS,
+    ),
     Case("20000 patterns", changed(ignore=lambda: [f"re:.*x{i}(a|b)*$" for i in range(20_000)]), "patterns", CONFIG),
-    Case("a pattern of a million characters", changed(config_groups=_group(targets=["re:" + "a?" * 500_000])), "", LOADERS),
-    Case("a pattern that fills the memory", changed(config_groups=_group(targets=["re:((a{99}){99}){99}"])), "", LOADERS),
-    Case("a hanging target of sparsity",
-         changed(sparsity_config={"format": "sparse-24-bitmask", "targets": [HANGS]}), "", LOADERS),
-    Case("a hanging target of a rotation",
-         changed(transform_config={"config_groups": {"R": {"type": "hadamard",
-                 "apply": [{"targets": [HANGS], "location": "input"}]}}}), "", LOADERS),
-]  # fmt: skip
+    Case(
+        "a pattern of a million characters",
+        changed(config_groups=_group(targets=["re:" + "a?" * 500_000])),
+        "",
+        LOADERS,
+    ),
+    Case(
+        "a pattern that fills the memory", changed(config_groups=_group(targets=["re:((a{99}){99}){99}"])), "", LOADERS
+    ),
+    Case(
+        "a hanging target of sparsity",
+        changed(sparsity_config={"format": "sparse-24-bitmask", "targets": [HANGS]}),
+        "",
+        LOADERS,
+    ),
+    Case(
+        "a hanging target of a rotation",
+        changed(
+            transform_config={
+                "config_groups": {"R": {"type": "hadamard", "apply": [{"targets": [HANGS], "location": "input"}]}}
+            }
+        ),
+        "",
+        LOADERS,
+    ),
+]
 
 MODELS = [
     Case("code in the checkpoint", _code, "", ("load",)),

@@ -199,9 +199,18 @@ LARGE = [replace(case, refused_by=READERS) for case in LARGE]
 
 ESCAPES = [
     Case(f"an index that names {name!r}", index({"model.norm.weight": name}), "the file name")
-    for name in ("../x.safetensors", "/etc/x.safetensors", "C:x.safetensors", "..\\x.safetensors", "x\0.safetensors",
-                 "a/../../x.safetensors", "/dev/zero", "a.bin", "x" * 5000 + "/../y.safetensors")
-]  # fmt: skip
+    for name in (
+        "../x.safetensors",
+        "/etc/x.safetensors",
+        "C:x.safetensors",
+        "..\\x.safetensors",
+        "x\0.safetensors",
+        "a/../../x.safetensors",
+        "/dev/zero",
+        "a.bin",
+        "x" * 5000 + "/../y.safetensors",
+    )
+]
 
 INDEXES = [
     Case("an index that is a list", index([1]), "must be an object"),

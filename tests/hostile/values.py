@@ -49,18 +49,40 @@ def g_idx(make: Callable[[int], torch.Tensor]) -> Callable[[Path], None]:
 
 
 SHAPES = [
-    Case(f"weight_shape: {list(sizes)}", tensor("lin.weight_shape", lambda _, sizes=sizes: torch.tensor(sizes)),
-         "weight_shape|weight_packed", VALUES, base="grouped")
-    for sizes in ((LARGE, 4), (LARGE, LARGE), (-64, 128), (64, -128), (64, 129), (0, 0), (64, 128, 1), (2**63 - 1, 2**63 - 1))
-]  # fmt: skip
+    Case(
+        f"weight_shape: {list(sizes)}",
+        tensor("lin.weight_shape", lambda _, sizes=sizes: torch.tensor(sizes)),
+        "weight_shape|weight_packed",
+        VALUES,
+        base="grouped",
+    )
+    for sizes in (
+        (LARGE, 4),
+        (LARGE, LARGE),
+        (-64, 128),
+        (64, -128),
+        (64, 129),
+        (0, 0),
+        (64, 128, 1),
+        (2**63 - 1, 2**63 - 1),
+    )
+]
 
 PACKED = [
-    Case("a word too few", tensor("lin.weight_packed", lambda t: t[:, :-1].contiguous()), "", VALUES, base="three bits"),
+    Case(
+        "a word too few", tensor("lin.weight_packed", lambda t: t[:, :-1].contiguous()), "", VALUES, base="three bits"
+    ),
     Case("a word too many", tensor("lin.weight_packed", lambda t: t.repeat(1, 2)), "", VALUES, base="grouped"),
     Case("packed in float", tensor("lin.weight_packed", lambda t: t.float()), "dtype", VALUES, base="grouped"),
     Case("packed without rows", tensor("lin.weight_packed", lambda t: t[:0]), "", VALUES, base="grouped"),
     Case("packed in three dimensions", tensor("lin.weight_packed", lambda t: t[None]), "", VALUES, base="grouped"),
-    Case("a column of scales too few", tensor("lin.weight_scale", lambda t: t[:, 1:].contiguous()), "", VALUES, base="grouped"),
+    Case(
+        "a column of scales too few",
+        tensor("lin.weight_scale", lambda t: t[:, 1:].contiguous()),
+        "",
+        VALUES,
+        base="grouped",
+    ),
     Case("scales of one dimension", tensor("lin.weight_scale", lambda t: t.view(-1)), "", VALUES, base="grouped"),
     Case("scales that are integers", tensor("lin.weight_scale", lambda t: t.int()), "dtype", VALUES, base="grouped"),
     Case("a scale: NaN", filled("lin.weight_scale", math.nan), "nan|NaN", VALUES, base="grouped"),
@@ -68,34 +90,90 @@ PACKED = [
     Case("a scale: zero", filled("lin.weight_scale", 0.0), "scale", ("check",), base="grouped"),
     Case("a scale: negative", filled("lin.weight_scale", -1.0), "scale", ("check",), base="grouped"),
     Case("a scale of int8: NaN", filled("lin.weight_scale", math.nan), "nan|NaN", VALUES, base="int8"),
-    Case("zero points too few", tensor("lin.weight_zero_point", lambda t: t[1:].contiguous()), "", VALUES, base="asymmetric"),
-    Case("zero points in int64", tensor("lin.weight_zero_point", lambda t: t.long()), "dtype", VALUES, base="asymmetric"),
-    Case("zero points out of range", tensor("lin.weight_zero_point", lambda _: torch.full((64, 4), 100, dtype=torch.int8)),
-         "zero_point", VALUES, base="asymmetric"),
-]  # fmt: skip
+    Case(
+        "zero points too few",
+        tensor("lin.weight_zero_point", lambda t: t[1:].contiguous()),
+        "",
+        VALUES,
+        base="asymmetric",
+    ),
+    Case(
+        "zero points in int64", tensor("lin.weight_zero_point", lambda t: t.long()), "dtype", VALUES, base="asymmetric"
+    ),
+    Case(
+        "zero points out of range",
+        tensor("lin.weight_zero_point", lambda _: torch.full((64, 4), 100, dtype=torch.int8)),
+        "zero_point",
+        VALUES,
+        base="asymmetric",
+    ),
+]
 
 COLUMNS = [
-    Case("g_idx: a group too far", g_idx(lambda n: torch.arange(n, dtype=torch.int32) // 32 + 1), "g_idx", VALUES, base="grouped"),
-    Case("g_idx: 2**31 - 1", g_idx(lambda n: torch.full((n,), 2**31 - 1, dtype=torch.int32)), "g_idx", VALUES, base="grouped"),
+    Case(
+        "g_idx: a group too far",
+        g_idx(lambda n: torch.arange(n, dtype=torch.int32) // 32 + 1),
+        "g_idx",
+        VALUES,
+        base="grouped",
+    ),
+    Case(
+        "g_idx: 2**31 - 1",
+        g_idx(lambda n: torch.full((n,), 2**31 - 1, dtype=torch.int32)),
+        "g_idx",
+        VALUES,
+        base="grouped",
+    ),
     Case("g_idx: -2", g_idx(lambda n: torch.full((n,), -2, dtype=torch.int32)), "g_idx", VALUES, base="grouped"),
     Case("g_idx: too short", g_idx(lambda n: torch.zeros(n - 1, dtype=torch.int32)), "g_idx", VALUES, base="grouped"),
-]  # fmt: skip
+]
 
 SPARSE = [
     Case("2:4: all bits", tensor("lin.bitmask", lambda t: torch.full_like(t, 255)), "bitmask", VALUES, base="2:4"),
     Case("2:4: no bits", tensor("lin.bitmask", torch.zeros_like), "bitmask", VALUES, base="2:4"),
-    Case("2:4: four of eight", tensor("lin.bitmask", lambda t: torch.full_like(t, 0x0F)), "bitmask", VALUES, base="2:4"),
-    Case("2:4: FP8 NaN", tensor("lin.compressed", lambda t: torch.full_like(t.view(torch.uint8), 127).view(t.dtype)),
-         "", VALUES, base="2:4"),
-    Case("2:4: a shape of terabytes", tensor("lin.shape", lambda _: torch.tensor([[LARGE], [LARGE]])), "shape", VALUES, base="2:4"),
-    Case("2:4: a negative shape", tensor("lin.shape", lambda _: torch.tensor([[-64], [-128]])), "shape", VALUES, base="2:4"),
+    Case(
+        "2:4: four of eight", tensor("lin.bitmask", lambda t: torch.full_like(t, 0x0F)), "bitmask", VALUES, base="2:4"
+    ),
+    Case(
+        "2:4: FP8 NaN",
+        tensor("lin.compressed", lambda t: torch.full_like(t.view(torch.uint8), 127).view(t.dtype)),
+        "",
+        ("check",),
+        base="2:4",
+    ),
+    Case(
+        "2:4: a shape of terabytes",
+        tensor("lin.shape", lambda _: torch.tensor([[LARGE], [LARGE]])),
+        "shape",
+        VALUES,
+        base="2:4",
+    ),
+    Case(
+        "2:4: a negative shape",
+        tensor("lin.shape", lambda _: torch.tensor([[-64], [-128]])),
+        "shape",
+        VALUES,
+        base="2:4",
+    ),
     Case("bitmask: more bits than values", filled("lin.bitmask", 255), "bitmask", VALUES, base="bitmask"),
     Case("bitmask: fewer bits than values", filled("lin.bitmask", 0), "bitmask", VALUES, base="bitmask"),
     Case("row offsets: past the end", filled("lin.row_offsets", LARGE), "row_offsets", VALUES, base="bitmask"),
     Case("row offsets: negative", filled("lin.row_offsets", -1), "row_offsets", VALUES, base="bitmask"),
-    Case("bitmask: a shape of terabytes", tensor("lin.shape", lambda _: torch.tensor([LARGE, 8])), "shape|bitmask", VALUES, base="bitmask"),
-    Case("bitmask: a shape without rows", tensor("lin.shape", lambda _: torch.tensor([0, 128])), "", VALUES, base="bitmask"),
-]  # fmt: skip
+    Case(
+        "bitmask: a shape of terabytes",
+        tensor("lin.shape", lambda _: torch.tensor([LARGE, 8])),
+        "shape|bitmask",
+        VALUES,
+        base="bitmask",
+    ),
+    Case(
+        "bitmask: a shape without rows",
+        tensor("lin.shape", lambda _: torch.tensor([0, 128])),
+        "",
+        VALUES,
+        base="bitmask",
+    ),
+]
 
 
 def _marlin(edit: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
@@ -118,11 +196,30 @@ def _marlin(edit: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path
 
 MARLIN = [
     Case("marlin-24: as it should be", _marlin(lambda _: None), refused_by=(), loads_with=("fill",), base="grouped"),
-    Case("marlin-24: two values in one column", _marlin(lambda t: t["lin.meta"].zero_()), "meta", VALUES, base="grouped"),
-    Case("marlin-24: meta too small", _marlin(lambda t: t.update({"lin.meta": t["lin.meta"][:3].contiguous()})), "meta", VALUES, base="grouped"),
-    Case("marlin-24: a scale infinite", _marlin(lambda t: t["lin.scale_packed"].fill_(math.inf)), "scale", VALUES, base="grouped"),
-    Case("marlin-24: what cannot be tiled", _marlin(lambda t: t.update({"lin.weight_packed": torch.zeros(1, 1, dtype=torch.int32)})),
-         "weight_packed", VALUES, base="grouped"),
-]  # fmt: skip
+    Case(
+        "marlin-24: two values in one column", _marlin(lambda t: t["lin.meta"].zero_()), "meta", VALUES, base="grouped"
+    ),
+    Case(
+        "marlin-24: meta too small",
+        _marlin(lambda t: t.update({"lin.meta": t["lin.meta"][:3].contiguous()})),
+        "meta",
+        VALUES,
+        base="grouped",
+    ),
+    Case(
+        "marlin-24: a scale infinite",
+        _marlin(lambda t: t["lin.scale_packed"].fill_(math.inf)),
+        "scale",
+        VALUES,
+        base="grouped",
+    ),
+    Case(
+        "marlin-24: what cannot be tiled",
+        _marlin(lambda t: t.update({"lin.weight_packed": torch.zeros(1, 1, dtype=torch.int32)})),
+        "weight_packed",
+        VALUES,
+        base="grouped",
+    ),
+]
 
 VALUE_CASES = [*SHAPES, *PACKED, *COLUMNS, *SPARSE, *MARLIN]

@@ -36,7 +36,7 @@ class WarmProcess:
             cwd=ROOT,
             env=self.environment,
         )
-        assert self._answer() == "ready"
+        self.library: str = self._answer()
         return self
 
     def __exit__(self, *_: object) -> None:
