@@ -25,8 +25,6 @@ class Failure(Exception):  # noqa: N818
 
 def end_by(error: BaseException, *, debug: bool) -> NoReturn:
     """Print what went wrong, and end the process with the code that says so."""
-    if isinstance(error, click.exceptions.Exit):
-        sys.exit(error.exit_code)
     if isinstance(error, BrokenPipeError):
         # Python would flush stdout once more at its end, and complain.
         sys.stdout = None
@@ -44,8 +42,6 @@ def _told(error: BaseException) -> tuple[str, ExitCode]:
     if isinstance(error, click.UsageError):
         command = error.ctx.command_path if error.ctx is not None else "compressed-format"
         return f"error: {one_line(error.format_message())} ({command} --help says more)", ExitCode.WRONG
-    if isinstance(error, click.ClickException):
-        return f"error: {one_line(error.format_message())}", ExitCode.WRONG
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         return "interrupted", ExitCode.INTERRUPTED
     if isinstance(error, CompressedFormatError):

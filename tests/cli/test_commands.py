@@ -95,6 +95,24 @@ def test_diff(packed: Path, tmp_path: Path, run: Run) -> None:
     assert (told["same"], told["same_tensors"], len(told["tensors"])) == (False, 4, 3)
 
 
+def test_inspect_on_a_terminal_and_elsewhere(packed: Path, run_on_terminal: Run, run: Run, tmp_path: Path) -> None:
+    ended = run("inspect", packed, "--reference", packed.parent / "dense")
+    assert (ended.code, ended.err) == (0, "")
+    assert "\x1b" not in ended.out
+    assert not [line for line in ended.out.splitlines() if line != line.rstrip()]
+    assert "pack-quantized" in ended.out
+    assert "model.layers.1.mlp.down_proj" in ended.out
+    code, shown = run_on_terminal("inspect", packed)
+    assert code == 0
+    assert "\x1b[" in shown
+    told = json.loads(run("inspect", packed, "--json", "--html", tmp_path / "report.html").out)
+    assert len(told["modules"]) == 4
+    assert (tmp_path / "report.html").stat().st_size > 1000
+    ended = run("inspect", packed, "--html", tmp_path / "no" / "report.html")
+    assert ended.code == 2
+    assert "report.html" in ended.err
+
+
 def test_long_lists_are_cut(packed: Path, run: Run) -> None:
     dense = packed.parent / "dense"
     ended = run("diff", dense, packed, "--limit", "2")

@@ -35,6 +35,7 @@ def test_the_table_of_commands_is_true(run: Run) -> None:
     for code in ExitCode:
         assert any(line.split()[:1] == [str(int(code))] for line in shown.splitlines())
     assert [code for code, _ in EXIT_CODES] == list(ExitCode)
+    assert command_line.get_command(context, "../jobs") is None
 
 
 def test_version_and_entry_point(run: Run) -> None:

@@ -309,3 +309,42 @@ def test_progress(tmp_path: Path, dense: Tensors) -> None:
     done = [entry[0] for entry in told]
     assert done == sorted(done)
     assert (done[0], done[-1]) == (0, total)
+
+
+def test_what_cannot_be_compared_one_by_one(tmp_path: Path, dense: Tensors) -> None:
+    """Other shapes when dequantized; words beside numbers; codes of other dtypes."""
+    one = quantized(tmp_path / "one", dense, W4G32)
+    dense["up_proj.weight"] = dense["up_proj.weight"][:48].contiguous()
+    other = quantized(tmp_path / "other", dense, W4G32)
+    (tensor,) = diff_checkpoints(one, other, dequantize=True).tensors
+    assert (tensor.name, tensor.second.shape, tensor.values) == ("up_proj.weight", (48, 64), None)
+    for dtype in (torch.int8, torch.int32):
+        write(tmp_path / str(dtype), {"x.weight_zero_point": torch.ones(3, dtype=dtype)})
+    (tensor,) = diff_checkpoints(tmp_path / "torch.int8", tmp_path / "torch.int32").tensors
+    assert (tensor.first.dtype, tensor.second.dtype, tensor.values) == ("int8", "int32", None)
+
+
+def test_the_same_codes_under_scales_of_another_dtype(tmp_path: Path, dense: Tensors) -> None:
+    one = quantized(tmp_path / "one", dense, W4G32)
+    tensors = {
+        name: tensor.float() if name.endswith("_scale") else tensor for name, tensor in read_checkpoint(one).items()
+    }
+    config = json.loads((one / "config.json").read_text())
+    other = write(tmp_path / "other", tensors, config)
+    found = diff_checkpoints(one, other, dequantize=True)
+    assert {tensor.name for tensor in found.tensors} == {"up_proj.weight", "down_proj.weight"}
+    assert {(tensor.first.dtype, tensor.second.dtype) for tensor in found.tensors} == {("bfloat16", "float32")}
+
+
+def test_a_file_that_vanishes_meanwhile(tmp_path: Path, dense: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = write(tmp_path / "one", dense), write(tmp_path / "other", dense)
+
+    def read_and_remove(path: Path) -> Checkpoint:
+        checkpoint = read_checkpoint(path)
+        if path == other:
+            (path / "model.safetensors").unlink()
+        return checkpoint
+
+    monkeypatch.setattr(checkpoints, "read_checkpoint", read_and_remove)
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        diff_checkpoints(one, other)
