@@ -128,8 +128,8 @@ def kill_at_random(kills: int, tmp_path: Path) -> None:
         resumable += Path(f"{target}.partial.job").exists() and not complete
         if complete or number % 3 == 2:
             check_that_it_goes_on(target, job, place)
-    assert killed > kills // 2, f"seed {seed}"
-    assert resumable > kills // 5, f"seed {seed}"
+    assert killed > kills // 5, f"seed {seed}"
+    assert resumable > kills // 10, f"seed {seed}"
 
 
 def test_killed_at_random(tmp_path: Path, note_each: None) -> None:
