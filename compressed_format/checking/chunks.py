@@ -46,11 +46,15 @@ class ChunkReader:
 
     def chunks(self, spec: TensorSpec) -> Iterator[tuple[int, torch.Tensor]]:
         """The values in row-major order: the number of values before each part, and the part, one-dimensional."""
+        for start, data in self.parts(spec):
+            yield start, torch.frombuffer(data, dtype=torch_dtype(spec.dtype))
+
+    def parts(self, spec: TensorSpec) -> Iterator[tuple[int, bytearray]]:
+        """As :meth:`chunks`, the bytes of each part."""
         item = DTYPES[spec.dtype].bits // 8
-        step = CHUNK_BYTES // item * item
+        step = max(CHUNK_BYTES // item, 1) * item
         for start in range(spec.start, spec.stop, step):
-            data = self.read(spec, start, min(start + step, spec.stop))
-            yield (start - spec.start) // item, torch.frombuffer(data, dtype=torch_dtype(spec.dtype))
+            yield (start - spec.start) // item, self.read(spec, start, min(start + step, spec.stop))
 
     def whole(self, spec: TensorSpec) -> torch.Tensor:
         """A small tensor at once."""

@@ -25,7 +25,7 @@ JUNK: tuple[Any, ...] = (
     "group", "channel", "tensor", "block", "token", [16, 16], "0.17.1", "dense", "pack-quantized", "marlin-24",
     "nvfp4-pack-quantized", "sparse-24-bitmask", "int-quantized", "float-quantized",
 )  # fmt: skip
-CASES = 300
+CASES = 250
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return saved + sorted(golden)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_what_cannot_be_decoded_has_an_error(seed: int, sources: list[Path], tmp_path: Path) -> None:
     chance = random.Random(seed)
     decoded = refused = 0
