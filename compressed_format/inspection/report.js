@@ -50,15 +50,23 @@
     return value;
   }
 
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const narrow = matchMedia("(max-width: 45rem)");
+
   async function draw() {
     const style = getComputedStyle(document.documentElement);
     const family = getComputedStyle(document.body).fontFamily;
     for (const [id, figure] of Object.entries(figures)) {
       const { data, layout } = coloured(figure, "", style);
       layout.font.family = family;
+      // Names that cannot turn out of each other's way would lie over each other; pointing at a bar shows them.
+      if (narrow.matches && layout.xaxis.tickangle === 0) {
+        layout.xaxis.ticktext = layout.xaxis.ticktext.map((text) => (/^\d+$/.test(text) ? text : ""));
+      }
       await window.Plotly.react(id, data, layout, { displayModeBar: false, responsive: true });
     }
-    document.documentElement.dataset.drawn = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+    document.documentElement.dataset.drawn = dark.matches ? "dark" : "light";
+    document.documentElement.dataset.width = narrow.matches ? "narrow" : "wide";
   }
 
   async function start() {
@@ -68,7 +76,7 @@
     plotly.textContent = await new Response(inflated).text();
     document.head.append(plotly);
     await draw();
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+    for (const query of [dark, narrow]) query.addEventListener("change", draw);
   }
 
   start().catch((error) => {

@@ -74,7 +74,7 @@ def bars(page: Any) -> list[int]:
     return counts
 
 
-def test_each_layer_has_its_marks(visit: Callable[..., Any]) -> None:
+def test_each_layer_has_its_marks_and_is_named_where_one_points(visit: Callable[..., Any]) -> None:
     page = visit(an_inspection(layers=5))
     # Two schemes in five layers; what is not compressed is in all seven; what is saved again in five.
     assert bars(page) == [5, 5, 7, 5]
@@ -87,6 +87,12 @@ def test_each_layer_has_its_marks(visit: Callable[..., Any]) -> None:
         assert page.locator(f"{part} .scatterlayer .trace").count() == 3
         assert page.locator(f"{part} .scatterlayer .trace:nth-child(1) .point").count() == 5
         assert page.locator(f"{part} .scatterlayer .trace:nth-child(2) .point").count() == 5
+    bar = page.locator("#size .barlayer .trace:nth-child(3) .point").nth(3).bounding_box()
+    plot = page.locator("#size").bounding_box()
+    page.mouse.move(bar["x"] + bar["width"] / 2, plot["y"] + plot["height"] / 3)  # far above the bar
+    page.wait_for_selector("#size .hovertext")
+    text = page.locator("#size .hoverlayer").text_content()
+    assert text.startswith("model.layers.22.20 kB int4 group 64 symmetric4.22 kB int8")  # layer 2, 2.20 kB
 
 
 def test_without_a_reference_there_are_no_errors_to_show(visit: Callable[..., Any]) -> None:
@@ -96,28 +102,25 @@ def test_without_a_reference_there_are_no_errors_to_show(visit: Callable[..., An
     assert page.locator("#modules thead th").count() == 5
 
 
-def test_pointing_at_a_layer_names_it(visit: Callable[..., Any]) -> None:
-    page = visit(an_inspection(layers=5))
-    box = page.locator("#size .barlayer .trace:nth-child(3) .point").nth(3).bounding_box()
-    plot = page.locator("#size .plot, #size").first.bounding_box()
-    page.mouse.move(box["x"] + box["width"] / 2, plot["y"] + plot["height"] / 3)
-    page.wait_for_selector("#size .hovertext")
-    text = page.locator("#size .hoverlayer").text_content()
-    assert text.startswith("model.layers.2")
-    assert "2.20 kB int4 group 64 symmetric" in text
-
-
 def test_long_models_stay_readable(visit: Callable[..., Any]) -> None:
-    page = visit(an_inspection(layers=320, experts=4))
-    assert bars(page)[:2] == [320, 320]
-    assert page.locator("#modules tbody tr").count() == 3 * 320
+    """Two stacks, of 320 layers and of 30, between an embedding and a head."""
+    page = visit(an_inspection(layers=320, experts=4, names=tuple(f"visual.blocks.{n}.qkv" for n in range(30))))
+    assert bars(page)[:2] == [350, 320]
+    assert page.locator("#modules tbody tr").count() == 3 * 320 + 30
     overlaps = """ticks => {
-        const boxes = ticks.map(t => t.getBoundingClientRect());
+        const boxes = ticks.filter(tick => tick.textContent).map(tick => tick.getBoundingClientRect());
         if (boxes.some(box => box.width === 0)) throw new Error("a tick is hidden");
-        return boxes.slice(1).filter((b, i) => b.left < boxes[i].right).length;
+        return boxes.slice(1).filter((box, index) => box.left < boxes[index].right).length;
     }"""
-    assert page.locator("#size .xtick text").count() <= 20
-    assert page.locator("#size .xtick text").evaluate_all(overlaps) == 0
+    ticks = page.locator("#size .xtick text")
+    assert 5 < ticks.count() <= 20
+    assert ticks.evaluate_all(overlaps) == 0
+    assert {"embed_tokens", "lm_head", "300"} <= set(ticks.all_text_contents())
+    assert page.locator("#size .annotation-text").all_text_contents() == ["layers", "blocks"]
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.wait_for_selector("html[data-width=narrow]")
+    assert ticks.evaluate_all(overlaps) == 0
+    assert "300" in ticks.all_text_contents()
 
 
 def test_the_page_is_as_wide_as_the_window(visit: Callable[..., Any]) -> None:
