@@ -53,7 +53,12 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.message}" if self.place else self.message
+        return _printable(f"{self.place}: {self.message}" if self.place else self.message)
+
+
+def _printable(text: str) -> str:
+    """``text`` with halves of surrogate pairs spelled out, which files may hold and no stream can write."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 class CompressedFormatError(Exception):
@@ -70,10 +75,10 @@ class CompressedFormatError(Exception):
 
     def __str__(self) -> str:
         if not self.problems:
-            return self.message
+            return _printable(self.message)
         if len(self.problems) == 1 and not self.message:
             return str(self.problems[0])
-        lines = [self.message] if self.message else []
+        lines = [_printable(self.message)] if self.message else []
         return "\n  ".join(lines + [str(problem) for problem in self.problems])
 
 

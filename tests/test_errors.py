@@ -97,3 +97,8 @@ def test_problems_are_values() -> None:
     assert str(Problem("", "is wrong")) == "is wrong"
     with pytest.raises(AttributeError):
         problem.place = "c"  # type: ignore[misc]
+
+
+def test_words_out_of_a_file_can_always_be_written() -> None:
+    error = ConfigError("half \ud800", [Problem("a.\udfff", "ä")])
+    assert str(error).encode().decode() == "half \\ud800\n  a.\\udfff: ä"

@@ -14,6 +14,7 @@ from compressed_format.errors import ConfigError, Problem
 __all__ = ["INVALID", "Invalid", "Report", "child", "nearest", "options", "show"]
 
 _PLAIN_KEY = re.compile(r"[A-Za-z_$][\w$-]*", re.ASCII)
+_VERSION = re.compile(r"[\w.+-]{1,40}", re.ASCII)
 _LONGEST_SHOWN = 60
 _MOST_PROBLEMS = 1000
 """Listed of one config: a file in which everything is wrong must not fill the memory with words about it."""
@@ -68,7 +69,7 @@ class Report:
             hint = f"did you mean {guess}?" if guess else f"the keys are {', '.join(known)}"
             self.error(place, f"unknown key, {hint}")
             return
-        writer = f"written by version {self.version}" if self.version else "in a file that names no version"
+        writer = f"written by version {_plain(self.version)}" if self.version else "in a file that names no version"
         if value is None or (isinstance(value, (Mapping, list, tuple, str)) and len(value) == 0):
             self.unknown[place] = value
             self.warn(place, f"unknown key, {writer}; it is empty and changes nothing")
@@ -92,6 +93,11 @@ class Report:
         elif source:
             headline += "1 problem in the config:"
         raise ConfigError(headline, self.errors)
+
+
+def _plain(version: str) -> str:
+    """A version as it is, unless it is none: whatever else stands there, quoted and shortened."""
+    return version if _VERSION.fullmatch(version) else show(version)
 
 
 def child(place: str, key: object) -> str:
