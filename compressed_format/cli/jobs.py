@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from compressed_format.cli.exit_codes import ExitCode
 from compressed_format.cli.messages import Failure, printable
@@ -42,6 +43,14 @@ def _device(ctx: click.Context, param: click.Parameter, value: str | None) -> st
         except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
             raise click.BadParameter(f"{value!r} cannot be used: {str(error).splitlines()[0]}") from error
     return value
+
+
+def _complete_config(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """What a shell offers for ``--config``: presets that begin so, else its own files; bash cannot mix both."""
+    from compressed_format.config import PRESETS
+
+    presets = [CompletionItem(name) for name in PRESETS if incomplete and name.startswith(incomplete.upper())]
+    return presets or [CompletionItem(incomplete, type="file")]
 
 
 def _job_options(command: _Function) -> _Function:
@@ -90,6 +99,7 @@ Examples:
     "--config",
     required=True,
     metavar="FILE|PRESET",
+    shell_complete=_complete_config,
     help="The config: a JSON file, or the name of a preset (compressed-format presets).",
 )
 @click.option(
@@ -193,7 +203,7 @@ def _way_on(destination: Path) -> str:
 
     if destination.with_name(destination.name + JOB_SUFFIX).exists():
         return f"{destination}.partial keeps what is done, and the same command goes on from there"
-    return "nothing was written yet; the same command starts again"
+    return "nothing of it is kept, and the same command starts anew"
 
 
 def _nbytes(path: Path) -> int:

@@ -169,7 +169,7 @@ def test_ctrl_c_and_the_same_command_again(config: Path, tmp_path: Path, run: Ru
     assert content(out) == content(tmp_path / "once")
 
 
-def test_ctrl_c_before_anything_is_written(
+def test_ctrl_c_with_nothing_to_go_on_from(
     model: Path, config: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: Any, **__: Any) -> None:
@@ -178,4 +178,4 @@ def test_ctrl_c_before_anything_is_written(
     monkeypatch.setattr("compressed_format.streaming.compress_checkpoint", interrupt)
     ended = run("compress", model, tmp_path / "out", "--config", config)
     assert (ended.code, ended.out) == (130, "")
-    assert ended.err == "interrupted: nothing was written yet; the same command starts again\n"
+    assert ended.err == "interrupted: nothing of it is kept, and the same command starts anew\n"
