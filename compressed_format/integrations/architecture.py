@@ -20,7 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from compressed_format.config.experts import ExpertStack, expert_stack
 from compressed_format.config.modules import list_modules
 from compressed_format.integrations.checkpoint_names import checkpoint_names, model_names, projection_names
-from compressed_format.integrations.pretrained import model_class
+from compressed_format.integrations.pretrained import model_class, refuse_more_layers_than
 from compressed_format.renaming import module_names
 
 __all__ = ["Architecture", "ExpertLayout", "known_architecture"]
@@ -57,14 +57,16 @@ class Architecture:
 def known_architecture(folder: Path, tensors: Iterable[str]) -> Architecture | None:
     """The architecture that ``config.json`` in ``folder`` names, for a checkpoint of ``tensors``; None where
     transformers has none of that name, or cannot build it."""
+    names = tuple(tensors)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        refuse_more_layers_than(len(names), config, folder)
         with torch.device("meta"):
             model = _build(config)
         model.tie_weights()
     except Exception:  # whatever a config that nobody has checked makes of a class that was not made for it
         return None
-    return _described(model, tuple(tensors))
+    return _described(model, names)
 
 
 def _build(config: Any) -> Any:

@@ -23,7 +23,7 @@ from compressed_format.errors import CheckpointError, CompressedFormatError, Pro
 from compressed_format.integrations.quantization_config import METHOD
 from compressed_format.integrations.quantizer import misshapen
 
-__all__ = ["load_pretrained", "model_class"]
+__all__ = ["load_pretrained", "model_class", "refuse_more_layers_than"]
 
 _COUNT_OF_LAYERS = re.compile(r"(\w+_)?(layers|depth|blocks|n_layer)|num_(local_|routed_)?experts")
 _ALWAYS_FINE = 1000
@@ -60,7 +60,7 @@ def load_pretrained(
         raise CheckpointError(message) from error
     if from_pretrained.keys().isdisjoint(("subfolder", "variant")):
         # transformers opens the same files, but trusts their index, and has no word for what is wrong in them.
-        _refuse_more_layers_than(len(read_checkpoint(path)), model_config, path)
+        refuse_more_layers_than(len(read_checkpoint(path)), model_config, path)
     # It may have been found in either of the two other places, which would be written again as they are.
     for owner, key in (
         (model_config, "compression_config"),
@@ -115,7 +115,7 @@ def model_class(config: Any, from_pretrained: Mapping[str, Any]) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def _refuse_more_layers_than(tensors: int, model_config: Any, path: Path) -> None:
+def refuse_more_layers_than(tensors: int, model_config: Any, path: Path) -> None:
     """Each layer has a tensor at least; millions of them, which a number in a config makes, would take for ever."""
     parts = [model_config, *(part for part in vars(model_config).values() if hasattr(part, "to_dict"))]
     for part in parts:

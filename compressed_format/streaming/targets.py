@@ -118,7 +118,13 @@ def _modules(source: Source) -> _Modules:
         doubts += _disagreements(classes, architecture)
         classes |= architecture.classes
         fused = {name: _as_built(experts, architecture) for name, experts in fused.items()}
-    elif content.get("tie_word_embeddings") is True and "lm_head" not in weights:
+    elif _names_an_architecture(source):
+        message = (
+            f"{content['model_type']!r} is no architecture that transformers builds here; names alone tell which "
+            "tensors are weights of Linear and Embedding modules"
+        )
+        doubts.append(Problem("config.json: model_type", message))
+    if architecture is None and content.get("tie_word_embeddings") is True and "lm_head" not in weights:
         embeddings = [name for name, weight in weights.items() if weight.kind == "Embedding"]
         tied = {"lm_head": embeddings[0]} if len(embeddings) == 1 else {}
         classes |= dict.fromkeys(tied, ("Linear",))
@@ -131,11 +137,16 @@ def _modules(source: Source) -> _Modules:
 
 def architecture_of(source: Source) -> Architecture | None:
     """What transformers knows of it, where it is installed and knows anything."""
-    if source.content is None or "model_type" not in source.content or find_spec("transformers") is None:
+    if not _names_an_architecture(source):
         return None
     from compressed_format.integrations.architecture import known_architecture
 
     return known_architecture(source.checkpoint.folder, source.checkpoint)
+
+
+def _names_an_architecture(source: Source) -> bool:
+    """Whether ``config.json`` says which model this is, and transformers is there to be asked."""
+    return "model_type" in (source.content or {}) and find_spec("transformers") is not None
 
 
 def _disagreements(classes: Mapping[str, tuple[str, ...]], architecture: Architecture) -> list[Problem]:

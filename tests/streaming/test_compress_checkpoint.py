@@ -92,7 +92,7 @@ def saved(folder: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     folder = saved(tmp_path / "dense", dense_tensors())
-    (folder / "config.json").write_text(json.dumps({"model_type": "nobody-knows", "rms_norm_eps": 1e-05, "z": [1, 2]}))
+    (folder / "config.json").write_text(json.dumps({"rms_norm_eps": 1e-05, "z": [1, 2]}))
     (folder / "tokenizer.json").write_text("{}")
     return folder
 
@@ -326,7 +326,7 @@ def test_stacked_experts_are_written_one_by_one(transposed: bool, interleaved: b
     folder = saved(tmp_path / "fused", {**stacked, "model.layers.0.mlp.gate.weight": torch.randn(3, 64)})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("compressed_format.streaming.weights.INTERLEAVED", frozenset({"in-turn"}))
-        patch.setattr("compressed_format.streaming.targets.architecture_of", lambda source: None)
+        patch.setattr("compressed_format.streaming.targets.find_spec", lambda name: None)
         model_type = "in-turn" if interleaved else "other"
         (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
         config = QuantizationConfig.from_dict(CONFIGS["int4 group asymmetric"])
@@ -358,3 +358,10 @@ def test_kv_scheme_is_passed_on_with_a_warning(source: Path, tmp_path: Path) -> 
     config = {**CONFIGS["FP8 tensor"], "kv_cache_scheme": {**FP8, "strategy": "tensor"}}
     with pytest.warns(CompressedFormatWarning, match="no k_scale or v_scale"):
         compress_checkpoint(source, tmp_path / "out", config)
+
+
+def test_an_architecture_that_nobody_knows_is_told(source: Path, tmp_path: Path) -> None:
+    (source / "config.json").write_text(json.dumps({"model_type": "nobody-knows"}))
+    with recorded_warnings() as texts:
+        compress_checkpoint(source, tmp_path / "out", "W4A16")
+    assert any("'nobody-knows' is no architecture that transformers builds here" in text for text in texts)
