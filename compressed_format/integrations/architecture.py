@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +16,14 @@ import transformers
 from frozendict import frozendict
 from transformers.core_model_loading import revert_weight_conversion
 
-from compressed_format.config.experts import ExpertStack, expert_stack
+from compressed_format.config.experts import expert_stack
 from compressed_format.config.modules import list_modules
 from compressed_format.integrations.checkpoint_names import checkpoint_names, model_names, projection_names
 from compressed_format.integrations.pretrained import model_class, refuse_more_layers_than
 from compressed_format.renaming import module_names
+from compressed_format.streaming.architecture import Architecture, ExpertLayout
 
-__all__ = ["Architecture", "ExpertLayout", "known_architecture"]
-
-
-@dataclass(frozen=True)
-class ExpertLayout:
-    """How a module holds the weights of its experts; ``called`` has the checkpoint's name of each projection."""
-
-    stack: ExpertStack
-    transposed: bool
-    interleaved: bool
-    called: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A model as its checkpoint's names tell it.
-
-    ``classes`` has the class of each module and its bases, most derived first; ``names`` what each is called in the
-    model. ``tied`` has, for each module without a tensor of its own, the one whose weight it shares; ``missing`` are
-    those that should have one. ``stacks`` are the modules that hold experts, and ``stacked_in_files`` the names in the
-    model of those whose uncompressed weights transformers reads from stacked tensors only.
-    """
-
-    classes: Mapping[str, tuple[str, ...]]
-    names: Mapping[str, str]
-    stacks: Mapping[str, ExpertLayout]
-    tied: Mapping[str, str]
-    missing: tuple[str, ...]
-    stacked_in_files: tuple[str, ...]
+__all__ = ["known_architecture"]
 
 
 def known_architecture(folder: Path, tensors: Iterable[str]) -> Architecture | None:

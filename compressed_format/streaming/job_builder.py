@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compressed_format.streaming.job import Job
-
 from compressed_format.checkpoint import Checkpoint, read_checkpoint
 from compressed_format.checkpoint.companions import companion_files
 from compressed_format.checkpoint.index import STEMS, Stem
@@ -18,6 +16,7 @@ from compressed_format.config import QuantizationConfig
 from compressed_format.config.json_text import parse_json, read_bytes
 from compressed_format.errors import ConfigError
 from compressed_format.reading.reader import CONFIG_IN_METADATA
+from compressed_format.streaming.job import Job
 from compressed_format.streaming.outputs import OutputTensor, layer_order, place_tensors
 from compressed_format.streaming.sources import SourceFile
 from compressed_format.streaming.units import CopySpan, Placement, Task, TaskUnit

@@ -6,11 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from compressed_format.streaming.job import Part
-
 from compressed_format.checkpoint.header import build_header, byte_size
 from compressed_format.checkpoint.index import Stem, build_index, index_file
 from compressed_format.checkpoint.shards import order_for_alignment, plan_shards, shard_names
+from compressed_format.streaming.job import Part
 from compressed_format.streaming.units import Placement
 
 __all__ = ["OutputTensor", "Outputs", "layer_order", "place_tensors"]

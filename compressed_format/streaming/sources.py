@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from compressed_format.checkpoint.spans import read_span
 
 from compressed_format.checkpoint.header import TensorSpec
+from compressed_format.checkpoint.spans import read_span
 from compressed_format.dtypes import DTYPES, torch_dtype
 from compressed_format.errors import CheckpointError, Problem
 from compressed_format.reading.layout import Range

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 from compressed_format.checking.plan import LayerShape
 from compressed_format.compression.modules import treatment
@@ -23,12 +22,10 @@ from compressed_format.config.layers import OF_COMPRESSED
 from compressed_format.config.modules import NamedModule
 from compressed_format.errors import CheckpointError, Problem, TargetError
 from compressed_format.renaming import rename_modules
+from compressed_format.streaming.architecture import Architecture
 from compressed_format.streaming.compression_plan import PlannedWeight, check_weights, plan_weight
 from compressed_format.streaming.job_builder import Source
 from compressed_format.streaming.weights import FusedExperts, SourceWeight, fused_experts, source_weights
-
-if TYPE_CHECKING:
-    from compressed_format.integrations.architecture import Architecture
 
 __all__ = ["TargetPlan", "architecture_of", "plan_targets"]
 

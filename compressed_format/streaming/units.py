@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from compressed_format.checkpoint.spans import read_span, write_span
 
+from compressed_format.checkpoint.spans import read_span, write_span
 from compressed_format.compression.weights import compressed_tensors
 from compressed_format.config import Assignment, CompressionFormat, QuantizationStrategy
 from compressed_format.dtypes import torch_dtype
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 _COPY_BYTES = 4 * 1024 * 1024
-_SLAB_BYTES = 4 * 1024 * 1024
+_SLAB_BYTES = 2 * 1024 * 1024
 """Of a weight, held at once: what is made of it meanwhile still fits in a core's share of the cache."""
 _DEVICE_SLAB_BYTES = 64 * 1024 * 1024
 
