@@ -99,14 +99,17 @@ def test_killed_before_each_call(before: bool, tmp_path: Path, job_calls: JobCal
         check_that_it_goes_on(target, job, f"call {number}")
 
 
-def kill_at_random(kills: int, tmp_path: Path) -> None:
-    """One warm process, from which each job is forked; it is killed up to three times before it may end."""
+def kill_at_random(kills: int, tmp_path: Path, job_calls: JobCalls) -> None:
+    """One warm process, from which each job is forked; it is killed up to three times before it may end.
+
+    Half of the kills come after some time, the others at some call of one thread, wherever the others are.
+    """
     seed = random.randrange(2**32)
     rng = random.Random(seed)
     job = pattern_job(3, 8, seconds=0.002)
     start = time.monotonic()
     run_job(job, tmp_path / "warm" / "out", workers=2)
-    duration = time.monotonic() - start
+    duration, count = time.monotonic() - start, len(job_calls.record)
     killed = resumable = 0
     for number in range(kills):
         place = f"seed {seed}, kill {number}"
@@ -117,10 +120,20 @@ def kill_at_random(kills: int, tmp_path: Path) -> None:
             save(target, OLD)
         if target.exists() and "model.safetensors" in content_of(target):
             before = content_of(target)
+        at_call, by_time = rng.randrange(count), rng.random() < 0.5
+
+        def kill(at: int, *_: object, at_call: int = at_call) -> None:
+            if at == at_call:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        job_calls.record.clear()
+        job_calls.before = (lambda *_: None) if by_time else kill
         child = in_a_child(lambda target=target: run_job(job, target, workers=2, overwrite=True))  # type: ignore[misc]
-        time.sleep(rng.uniform(0, duration))
-        os.kill(child, signal.SIGKILL)
+        if by_time:
+            time.sleep(rng.uniform(0, duration))
+            os.kill(child, signal.SIGKILL)
         killed += ended(child)
+        job_calls.before = lambda *_: None
         try:
             complete = check_what_is_left(target, job, before)
         except AssertionError as error:
@@ -128,17 +141,17 @@ def kill_at_random(kills: int, tmp_path: Path) -> None:
         resumable += Path(f"{target}.partial.job").exists() and not complete
         if complete or number % 3 == 2:
             check_that_it_goes_on(target, job, place)
-    assert killed > kills // 5, f"seed {seed}"
-    assert resumable > kills // 10, f"seed {seed}"
+    assert killed > kills // 5, f"seed {seed}: {killed} killed"
+    assert resumable > kills // 10, f"seed {seed}: {resumable} to go on from"
 
 
-def test_killed_at_random(tmp_path: Path, note_each: None) -> None:
-    kill_at_random(20, tmp_path)
+def test_killed_at_random(tmp_path: Path, job_calls: JobCalls, note_each: None) -> None:
+    kill_at_random(20, tmp_path, job_calls)
 
 
 @pytest.mark.long
-def test_killed_at_random_often(tmp_path: Path, note_each: None) -> None:
-    kill_at_random(200, tmp_path)
+def test_killed_at_random_often(tmp_path: Path, job_calls: JobCalls, note_each: None) -> None:
+    kill_at_random(200, tmp_path, job_calls)
 
 
 def test_a_forked_worker_does_not_keep_the_lock(tmp_path: Path) -> None:
