@@ -84,7 +84,8 @@ def _split_content(checkpoint: Checkpoint) -> tuple[Any, Any]:
     written = checkpoint.metadata.get(CONFIG_IN_METADATA)
     if written is not None:
         found = [parse_json(written.encode(), f"{checkpoint.files[0]}: __metadata__.{CONFIG_IN_METADATA}")]
-    return content, found[0] if found else ABSENT
+    # One that held nothing else says nothing of the model.
+    return content or ABSENT, found[0] if found else ABSENT
 
 
 def _meaning(quantization: Any) -> Any:

@@ -213,16 +213,18 @@ def test_configs_are_compared_by_what_they_mean(tmp_path: Path) -> None:
     tensors = {"norm.weight": torch.ones(4)}
     scheme = {"targets": ["Linear", "re:.*x"], "weights": {"num_bits": 4, "group_size": 32}}
     config = {"quant_method": "compressed-tensors", "config_groups": {"g": scheme}, "ignore": ["a", "b"]}
-    one = write(tmp_path / "one", tensors, {"quantization_config": config})
+    one = write(tmp_path / "one", tensors, {"hidden_size": 1, "quantization_config": config})
     spelled = {**scheme, "targets": ["re:.*x", "Linear"], "output_activations": None}
     spelled["weights"] = {"num_bits": "4", "group_size": 32, "type": "INT", "strategy": "group"}
     text_config = {"quantization_config": {**config, "config_groups": {"g": spelled}, "ignore": ["b", "a"]}}
-    other = write(tmp_path / "other", tensors, {"text_config": text_config})
+    other = write(tmp_path / "other", tensors, {"hidden_size": 1, "text_config": text_config})
     places = [key.place for key in diff_checkpoints(one, other).config]
     assert places == ["text_config"]  # the place of the config, and nothing in it
     spelled["weights"]["num_bits"] = 8
     text_config["quantization_config"]["ignore"] = ["b", "c"]
-    found = diff_checkpoints(one, write(tmp_path / "third", tensors, {"text_config": text_config})).config
+    found = diff_checkpoints(
+        one, write(tmp_path / "third", tensors, {"hidden_size": 1, "text_config": text_config})
+    ).config
     assert found[1:] == (
         KeyDifference("quantization_config.config_groups.g.weights.num_bits", 4, 8),
         KeyDifference("quantization_config.ignore.a", "a", ABSENT),
@@ -230,7 +232,7 @@ def test_configs_are_compared_by_what_they_mean(tmp_path: Path) -> None:
     )
     # One that means nothing is compared as it stands.
     text_config["quantization_config"]["config_groups"]["g"]["weights"] = {"num_bits": 99}
-    broken = write(tmp_path / "broken", tensors, {"text_config": text_config})
+    broken = write(tmp_path / "broken", tensors, {"hidden_size": 1, "text_config": text_config})
     found = diff_checkpoints(one, broken).config
     assert KeyDifference("quantization_config.config_groups.g.weights.num_bits", 4, 99) in found
 
@@ -251,6 +253,11 @@ def test_metadata_and_the_config_in_it(tmp_path: Path) -> None:
 
 
 def test_a_config_on_one_side_only(tmp_path: Path) -> None:
+    scheme = {"quantization_config": {"config_groups": {"W4A16": ["Linear"]}}}
+    bare = write(tmp_path / "bare", {"a": torch.ones(1)}, scheme)
+    none = write(tmp_path / "none", {"a": torch.ones(1)})
+    assert diff_checkpoints(bare, none, dequantize=True).same
+    assert [key.place for key in diff_checkpoints(bare, none).config] == ["quantization_config"]
     one = write(tmp_path / "one", {"a": torch.ones(1)})
     other = write(tmp_path / "other", {"a": torch.ones(1)}, {"hidden_size": 1})
     assert diff_checkpoints(one, other).config == (KeyDifference("config.json", ABSENT, "is there"),)
