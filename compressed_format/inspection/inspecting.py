@@ -63,7 +63,7 @@ def inspect_checkpoint(
         tensors=tuple(found.tensors),
         reference=None if original is None else str(original.path),
         unmatched=tuple(unmatched),
-        warnings=(*stored.warnings, *stored.resolution.warnings),
+        warnings=stored.warnings,  # those of targets are for authors, and for `check`
     )
 
 

@@ -162,7 +162,7 @@ class JobBuilder:
         for _, tasks in sorted(self._work, key=lambda work: layer_order(work[0])):
             for task in tasks(places):
                 full = size + task.nbytes > _UNIT_BYTES or len(gathered) >= _UNIT_TASKS
-                if gathered and (full or gathered[0].source != task.source):
+                if gathered and (full or gathered[0].sources != task.sources):
                     close()
                 gathered.append(task)
                 size += task.nbytes

@@ -51,7 +51,7 @@ class Task(Protocol):
     """A part of a unit."""
 
     @property
-    def source(self) -> SourceFile: ...
+    def sources(self) -> frozenset[SourceFile]: ...
 
     @property
     def nbytes(self) -> int: ...
@@ -81,7 +81,7 @@ class TaskUnit:
 
     def run(self, folder: Path) -> None:
         """Do it. Raises :class:`CheckpointError` for what cannot be read or written, and as quantizing does."""
-        for source in {task.source for task in self.tasks}:
+        for source in frozenset[SourceFile]().union(*(task.sources for task in self.tasks)):
             source.check()
         for task in self.tasks:
             task.run(folder)
@@ -95,6 +95,11 @@ class CopySpan:
     start: int
     nbytes: int
     to: Placement
+
+    @property
+    def sources(self) -> frozenset[SourceFile]:
+        """The file that it reads."""
+        return frozenset({self.source})
 
     @property
     def files(self) -> frozenset[str]:
@@ -111,22 +116,28 @@ class CopySpan:
 
 
 @dataclass(frozen=True)
-class CopyRows:
-    """Some rows of a weight that stays dense, but is stored as a tensor of its own."""
+class _RowsOfMatrix:
+    """A task that reads ``rows`` of a weight that is not compressed yet."""
 
     matrix: SourceMatrix
     rows: Range
-    to: Placement
 
     @property
-    def source(self) -> SourceFile:
+    def sources(self) -> frozenset[SourceFile]:
         """The file that it reads."""
-        return self.matrix.stored.file
+        return frozenset({self.matrix.stored.file})
 
     @property
     def nbytes(self) -> int:
         """How many bytes it reads."""
         return self.matrix.nbytes * (self.rows[1] - self.rows[0]) // max(self.matrix.rows, 1)
+
+
+@dataclass(frozen=True)
+class CopyRows(_RowsOfMatrix):
+    """Some rows of a weight that stays dense, but is stored as a tensor of its own."""
+
+    to: Placement
 
     @property
     def files(self) -> frozenset[str]:
@@ -141,30 +152,18 @@ class CopyRows:
 
 
 @dataclass(frozen=True)
-class CompressRows:
+class CompressRows(_RowsOfMatrix):
     """Some rows of a weight, as the tensors of their module; those that are of no row too, if it begins with the first.
 
     ``layout`` is that of the whole weight, ``to`` where each of its tensors goes. ``values_before`` is, for
     sparse-bitmask, how many values the rows before these have.
     """
 
-    matrix: SourceMatrix
-    rows: Range
     assignment: Assignment
     layout: WeightLayout
     to: Mapping[str, Placement]
     values_before: int = 0
     device: str | None = None
-
-    @property
-    def source(self) -> SourceFile:
-        """The file that it reads."""
-        return self.matrix.stored.file
-
-    @property
-    def nbytes(self) -> int:
-        """How many bytes it reads."""
-        return self.matrix.nbytes * (self.rows[1] - self.rows[0]) // max(self.matrix.rows, 1)
 
     @property
     def files(self) -> frozenset[str]:
@@ -202,9 +201,9 @@ class DecompressRows:
     device: str | None = None
 
     @property
-    def source(self) -> SourceFile:
-        """The file that it reads."""
-        return next(iter(self.tensors.values())).file
+    def sources(self) -> frozenset[SourceFile]:
+        """The files that it reads."""
+        return frozenset(span.file for span in self.tensors.values())
 
     @property
     def nbytes(self) -> int:
