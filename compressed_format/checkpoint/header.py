@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any, BinaryIO, NamedTuple
 
-from compressed_format.checkpoint.json_stream import JsonStream
+from compressed_format.checkpoint.json_stream import JsonStream, count_bytes
 from compressed_format.dtypes import DTYPES, DTYPES_BY_SAFETENSORS_CODE
 from compressed_format.errors import CheckpointError, Problem
 
@@ -47,6 +47,7 @@ _METADATA = "__metadata__"
 _ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
 _LARGEST_SIZE = 2**63 - 1
 _LONGEST_NAME = 300
+_TOO_MANY = f"it has more than {MAX_TENSORS} tensors: split the file into shards"
 
 
 class TensorSpec(NamedTuple):
@@ -121,6 +122,8 @@ def read_header(
     data_start = LENGTH_BYTES + length
     try:
         with _without_collections():
+            if count_bytes(source, length, b"{") > 2 + MAX_TENSORS:  # the header itself, its metadata
+                raise ValueError(_TOO_MANY)
             for name, entry in JsonStream(source, length).members():
                 if name == _METADATA:
                     if metadata is not None:
@@ -134,7 +137,7 @@ def read_header(
                 if name in tensors:
                     raise ValueError(f"the key {reprlib.repr(name)} occurs twice in one object")
                 if len(tensors) == MAX_TENSORS:
-                    raise ValueError(f"it has more than {MAX_TENSORS} tensors: split the file into shards")
+                    raise ValueError(_TOO_MANY)
                 spec = _parse_entry(entry, file, data_start, file_size, shapes)
                 if isinstance(spec, str):
                     problems.append(Problem(f"{file}: {show_name(name)}", spec))

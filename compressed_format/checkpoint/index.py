@@ -10,7 +10,7 @@ from pathlib import PureWindowsPath
 from typing import BinaryIO, Literal, get_args
 
 from compressed_format.checkpoint.header import MOST_PROBLEMS, show_name
-from compressed_format.checkpoint.json_stream import OBJECT, JsonStream
+from compressed_format.checkpoint.json_stream import OBJECT, JsonStream, count_bytes
 from compressed_format.errors import CheckpointError, Problem
 
 __all__ = [
@@ -65,6 +65,8 @@ def read_index(source: BinaryIO, length: int, *, place: str) -> dict[str, str]:
     with every problem, or the first :data:`MOST_PROBLEMS` of them; ``place`` is the index's name in messages.
     """
     try:
+        if count_bytes(source, length, b'":') > MAX_TENSORS + _MOST_KEYS:
+            raise ValueError(f"it has more than {MAX_TENSORS} tensors, or other keys")
         return _weight_map(JsonStream(source, length), place)
     except ValueError as error:
         raise CheckpointError(problems=[Problem(place, f"the index cannot be read: {error}")]) from error

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Final
 
 from compressed_format.checkpoint.strict_json import refuse_constant, unique_members
 
-__all__ = ["LONGEST_MEMBER", "OBJECT", "JsonStream"]
+__all__ = ["LONGEST_MEMBER", "OBJECT", "JsonStream", "count_bytes"]
 
 LONGEST_MEMBER = 4 * 1024 * 1024
 """Characters of one member, name and value: a tensor's have some hundreds, all metadata of a file some thousands."""
@@ -28,6 +28,19 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 OBJECT: Final = object()
 """Stands for the value of a member that is about to be read member by member."""
+
+
+def count_bytes(source: BinaryIO, length: int, wanted: bytes) -> int:
+    """About how often ``wanted`` stands in the next ``length`` bytes, where ``source`` then stands again.
+
+    A hundredth of the time of parsing: what has far too many members is refused before.
+    """
+    start, count = source.tell(), 0
+    while length > 0 and (piece := source.read(min(length, 4 * _PIECE))):
+        count += piece.count(wanted)
+        length -= len(piece)
+    source.seek(start)
+    return count
 
 
 class JsonStream:
