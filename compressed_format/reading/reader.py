@@ -150,6 +150,10 @@ def _config_source(checkpoint: Checkpoint) -> Path | dict[str, Any] | None:
         return {"quantization_config": found}
     file = checkpoint.folder / "config.json"
     if not file.is_file():
+        if os.path.lexists(file):
+            raise CheckpointError(
+                problems=[Problem(str(file), "is a folder, a device, a pipe or a dead link, not a file")]
+            )
         return None
     content = parse_json(read_bytes(file), str(file))
     compressed = isinstance(content, dict) and any(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +198,14 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "b.safetensors", metadata={"quantization_config": "{"})
     with pytest.raises(ConfigError, match="is no JSON"):
         open_checkpoint(tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda file: file.symlink_to(file.name), os.mkfifo])
+def test_a_config_that_is_no_file_is_not_as_good_as_none(make: Callable[[Path], None], tmp_path: Path) -> None:
+    folder = save(tmp_path / "a", {"lin.weight": torch.ones(2, 2)})
+    make(folder / "config.json")
+    with pytest.raises(CheckpointError, match=r"config\.json: is a folder, a device, a pipe or a dead link"):
+        open_checkpoint(folder)
 
 
 def test_tensors_that_contradict_the_config_are_named(tmp_path: Path) -> None:
