@@ -9,8 +9,9 @@ cache, as it has just been written. ``--llmcompressor`` names a Python that has 
 Each job is a process of its own, which does the same with a tiny model first: imports are not measured. Time is that
 of the call, the median of ``--repeats``. ``GB/s`` is of
 the larger side of the job, the dense one. ``of cp`` is the time over what ``cp -r`` takes for the bytes of the source
-plus those of the destination, right after it; ``synced`` the same with ``sync`` after ``cp``, since the jobs here end
-on the disk, too. Memory is RssAnon, its highest value above that before the call.
+plus those of the destination, at the median rate of copies of the dense folder, one after each job; ``synced`` the
+same with ``sync`` after ``cp``, since the jobs here end on the disk, too. Memory is RssAnon, its highest value above
+that before the call.
 
 Loading: the time to the model, that of its first forward of 16 tokens, and what is resident after that, above what was
 before: anonymous, and with the mapped pages of files.
@@ -58,9 +59,6 @@ def main() -> None:
         run(sys.executable, "compress", folder / "tiny", folder / "tiny W4A16", "W4A16", options.workers)
         size = stored_bytes(dense)
         print(f"{size / 1e9:.2f} GB in {SHARDS} shards, {options.workers} workers, {os.cpu_count()} cores", flush=True)
-        copied = statistics.median(copy(dense, folder)[0] for _ in range(options.repeats))
-        print(f"cp -r: {copied:.2f} s, {size / copied / 1e9:.2f} GB/s\n")
-        print(f"{'':<34}{'seconds':>9}{'GB/s':>8}{'of cp':>8}{'synced':>8}{'MB':>7}")
         jobs = [
             ("compress_checkpoint W4A16", sys.executable, "compress", "W4A16", dense),
             ("compress_checkpoint FP8_DYNAMIC", sys.executable, "compress", "FP8_DYNAMIC", dense),
@@ -71,8 +69,18 @@ def main() -> None:
                 (f"model_free_ptq {preset}", options.llmcompressor, "model_free_ptq", preset, dense)
                 for preset in ("W4A16", "FP8_DYNAMIC")
             ]
+        copies = [copy(dense, folder)]
+        done = []
         for title, python, task, preset, source in jobs:
-            report_job(title, python, task, preset, source, size, options.workers, options.repeats)
+            destination = folder / f"{task} {preset}".strip()
+            first = folder / ("tiny W4A16" if task == "decompress" else "tiny")
+            runs = []
+            for _ in range(options.repeats):
+                remove(destination)
+                runs.append(run(python, task, source, destination, preset, options.workers, first=first))
+                copies.append(copy(dense, folder))
+            done.append((title, stored_bytes(source) + stored_bytes(destination), runs))
+        report_jobs(size, copies, done)
         print(f"\n{'loading W4A16':<34}{'seconds':>9}{'forward':>9}{'MB anon':>9}{'MB all':>9}")
         for title, task in (("load_compressed", "load"), ("transformers, compressed-tensors", "load_peer")):
             packed, tiny = folder / "compress W4A16", folder / "tiny W4A16"
@@ -83,24 +91,19 @@ def main() -> None:
             print(f"{title:<34}{times}{found['after'] / 1e6:>9.0f}{found['resident'] / 1e6:>9.0f}", flush=True)
 
 
-def report_job(
-    title: str, python: str, task: str, preset: str, source: Path, size: int, workers: int, repeats: int
+def report_jobs(
+    size: int, copies: list[tuple[float, float]], done: list[tuple[str, int, list[dict[str, Any]]]]
 ) -> None:
-    """Run a job and print its line; its destination stays, as ``<task> <preset>`` beside the source."""
-    destination = source.parent / f"{task} {preset}".strip()
-    times, ratios, synced, peaks = [], [], [], []
-    for _ in range(repeats):
-        remove(destination)
-        tiny = source.parent / ("tiny W4A16" if task == "decompress" else "tiny")
-        found = run(python, task, source, destination, preset, workers, first=tiny)
-        copies = [copy(path, source.parent) for path in (source, destination)]
-        times.append(found["seconds"])
-        ratios.append(found["seconds"] / sum(copied for copied, _ in copies))
-        synced.append(found["seconds"] / sum(copied for _, copied in copies))
-        peaks.append(found["highest"] / 1e6)
-    seconds = statistics.median(times)
-    ratio, on_disk, peak = (statistics.median(values) for values in (ratios, synced, peaks))
-    print(f"{title:<34}{seconds:>9.2f}{size / seconds / 1e9:>8.2f}{ratio:>8.2f}{on_disk:>8.2f}{peak:>7.0f}", flush=True)
+    """A line for each job: its title, the bytes of its source and destination, and what was measured each time."""
+    copied, synced = (statistics.median(times) for times in zip(*copies, strict=True))
+    print(f"cp -r of the dense folder: {copied:.2f} s, {size / copied / 1e9:.2f} GB/s; with sync {synced:.2f} s")
+    print(f"(median of {len(copies)}, from {min(copies)[0]:.2f} to {max(copies)[0]:.2f} s)\n")
+    print(f"{'':<34}{'seconds':>9}{'GB/s':>8}{'of cp':>8}{'synced':>8}{'MB':>7}")
+    for title, nbytes, runs in done:
+        seconds = statistics.median(found["seconds"] for found in runs)
+        highest = statistics.median(found["highest"] for found in runs) / 1e6
+        ratios = "".join(f"{seconds / (nbytes / size * reference):>8.2f}" for reference in (copied, synced))
+        print(f"{title:<34}{seconds:>9.2f}{size / seconds / 1e9:>8.2f}{ratios}{highest:>7.0f}", flush=True)
 
 
 def copy(source: Path, folder: Path) -> tuple[float, float]:
