@@ -10,10 +10,11 @@ from pathlib import Path
 from compressed_format.checkpoint import syscalls
 from compressed_format.checkpoint.disk_errors import blaming
 
-__all__ = ["JOB_SUFFIX", "PARTIAL_SUFFIX", "PartialFolder"]
+__all__ = ["JOB_SUFFIX", "LOCK_SUFFIX", "PARTIAL_SUFFIX", "PartialFolder"]
 
 PARTIAL_SUFFIX = ".partial"
 JOB_SUFFIX = ".partial.job"
+LOCK_SUFFIX = ".partial.lock"
 
 _CHUNK_BYTES = 64 * 1024 * 1024
 """Held at once of a file that is copied."""

@@ -33,7 +33,7 @@ from compressed_format.checkpoint.lock import locked
 from compressed_format.checkpoint.partial_folder import JOB_SUFFIX, PARTIAL_SUFFIX, PartialFolder
 from compressed_format.errors import CheckpointError, CheckpointExistsError, CompressedFormatWarning, Problem
 
-__all__ = ["JOB_SUFFIX", "PARTIAL_SUFFIX", "PartialFolder", "publishing"]
+__all__ = ["JOB_SUFFIX", "PARTIAL_SUFFIX", "PartialFolder", "publishing", "refuse_occupied"]
 
 
 @contextmanager
@@ -55,15 +55,13 @@ def publishing(
     also one from the caller's block, the destination is as it was before; with ``resumable`` the folder is kept
     if its job file is there then.
     """
+    refuse_occupied(destination, overwrite=overwrite, single_file=single_file is not None)
     target = _resolved(destination)
     partial = Path(f"{target}{PARTIAL_SUFFIX}")
-    try:
-        _refuse_occupied(target, overwrite, single_file)
-    except CheckpointExistsError:
-        _tidy(partial)
-        raise
     with _parents(target.parent), locked(partial):
-        occupied = _refuse_occupied(target, overwrite, single_file)  # again: the writer before us may have published
+        occupied = _is_occupied(
+            target, overwrite, single_file is not None
+        )  # again: the writer before us may have published
         folder = PartialFolder(partial)
         if not folder.kept:
             folder.clear()
@@ -81,7 +79,9 @@ def publishing(
                 _refuse_without_exchange(target, partial)
             yield folder
             folder.sync_folders()
-            occupied = _refuse_occupied(target, overwrite, single_file)  # and again, after what may have been hours
+            occupied = _is_occupied(
+                target, overwrite, single_file is not None
+            )  # and again, after what may have been hours
             was_folder = not occupied and target.is_dir()
             with blaming(target, "cannot be published"):
                 ours = subject.lstat()
@@ -102,6 +102,16 @@ def publishing(
                     syscalls.remove(partial)
             raise
         _remove_rest(folder.job if resumable else None, partial if occupied or single_file is not None else None)
+
+
+def refuse_occupied(destination: str | os.PathLike[str], *, overwrite: bool, single_file: bool) -> None:
+    """Raise as :func:`publishing` does at its beginning, for writers who do much before."""
+    target = _resolved(destination)
+    try:
+        _is_occupied(target, overwrite, single_file)
+    except CheckpointExistsError:
+        _tidy(Path(f"{target}{PARTIAL_SUFFIX}"))
+        raise
 
 
 def _resolved(destination: str | os.PathLike[str]) -> Path:
@@ -150,11 +160,11 @@ def _is_same(path: Path, status: os.stat_result | None) -> bool:
         return False
 
 
-def _refuse_occupied(target: Path, overwrite: bool, single_file: str | None) -> bool:
+def _is_occupied(target: Path, overwrite: bool, single_file: bool) -> bool:
     """Whether the destination holds anything, which is an error unless it may be overwritten."""
     with blaming(target, "cannot be read"):
         try:
-            if single_file is not None and target.is_dir():
+            if single_file and target.is_dir():
                 raise disk_error(target, "is a folder, and one file is to be written: name a file in it")
             occupied = not stat.S_ISDIR(target.stat().st_mode) or any(target.iterdir())
         except FileNotFoundError:

@@ -18,7 +18,7 @@ from compressed_format.config.layers import OF_COMPRESSED, layer_classes
 from compressed_format.errors import CheckpointError, ConfigError, Problem
 from compressed_format.reading.stored_module import StoredModule
 
-__all__ = ["CONFIG_IN_METADATA", "CheckpointReader", "open_checkpoint"]
+__all__ = ["CONFIG_IN_METADATA", "CheckpointReader", "config_file", "open_checkpoint"]
 
 Framework = Literal["pt", "np"]
 
@@ -148,12 +148,8 @@ def _config_source(checkpoint: Checkpoint) -> Path | dict[str, Any] | None:
             place = f"{checkpoint.files[0]}: __metadata__.{CONFIG_IN_METADATA}"
             raise ConfigError(problems=[Problem(place, f"is no JSON: {error}")]) from error
         return {"quantization_config": found}
-    file = checkpoint.folder / "config.json"
-    if not file.is_file():
-        if os.path.lexists(file):
-            raise CheckpointError(
-                problems=[Problem(str(file), "is a folder, a device, a pipe or a dead link, not a file")]
-            )
+    file = config_file(checkpoint.folder)
+    if file is None:
         return None
     content = parse_json(read_bytes(file), str(file))
     compressed = isinstance(content, dict) and any(
@@ -165,3 +161,13 @@ def _config_source(checkpoint: Checkpoint) -> Path | dict[str, Any] | None:
         )
     )
     return file if compressed else None
+
+
+def config_file(folder: Path) -> Path | None:
+    """``config.json`` in ``folder``; None where there is none. Raises :class:`CheckpointError` if it is no file."""
+    file = folder / "config.json"
+    if file.is_file():
+        return file
+    if os.path.lexists(file):
+        raise CheckpointError(problems=[Problem(str(file), "is a folder, a device, a pipe or a dead link, not a file")])
+    return None

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor
 from pathlib import Path
 
 import torch
 
+from compressed_format.checkpoint.publish import refuse_occupied
 from compressed_format.checkpoint.shards import parse_shard_size
 from compressed_format.compression.in_place import ConfigLike, read_config
 from compressed_format.errors import CompressedFormatWarning
-from compressed_format.streaming.compression_plan import Count, counted
+from compressed_format.streaming.compression_plan import with_counts
 from compressed_format.streaming.engine import run_job
 from compressed_format.streaming.job_builder import JobBuilder, Source
+from compressed_format.streaming.options import checked_device, checked_workers, refuse_destination_around
 from compressed_format.streaming.servable import refuse_unservable, unservable
 from compressed_format.streaming.targets import plan_targets
+from compressed_format.streaming.work import results
 
 __all__ = ["compress_checkpoint"]
 
@@ -60,31 +62,23 @@ def compress_checkpoint(
     scales, which need a model that runs; while it works: :class:`CheckpointError` for what the disk refuses, and
     :class:`QuantizationError` for a weight that is not finite.
     """
+    workers, computing = checked_workers(workers), checked_device(device, here=executor is None)
+    limit = parse_shard_size(max_shard_size)
     source = Source.open(src)
-    plan = plan_targets(source, read_config(config), None if device is None else str(device))
+    refuse_destination_around(source.checkpoint, Path(dst))
+    plan = plan_targets(source, read_config(config), computing)
     if consumers is not None:
         refuse_unservable(plan.config, plan.layers, consumers)
     unserved = unservable(plan.config, plan.layers) if consumers is None else []
     for problem in (*plan.warnings, *unserved):
         warnings.warn(str(problem), CompressedFormatWarning, stacklevel=2)
-    builder = JobBuilder(source, Path(dst), parse_shard_size(max_shard_size))
-    with _counting(workers, executor) as count:
-        for weight in plan.weights:
-            planned = counted(weight, count)
-            builder.add(planned.outputs(), planned.tasks)
+    builder = JobBuilder(source, Path(dst), limit)
+    refuse_occupied(dst, overwrite=overwrite, single_file=builder.is_file)  # and not after hours of counting
+    for planned in with_counts(plan.weights, lambda counts: results(counts, workers=workers, executor=executor)):
+        builder.add(planned.outputs(), planned.tasks)
     for name in source.checkpoint:
         if name not in plan.consumed:
             builder.copy(name)
     builder.set_config(plan.config)
     job = builder.job({"kind": "compress", "config": plan.config.to_dict()})
     run_job(job, Path(dst), workers=workers, executor=executor, progress=progress, overwrite=overwrite)
-
-
-@contextmanager
-def _counting(workers: int | None, executor: Executor | None) -> Iterator[Callable[[Iterable[Count]], Iterable[int]]]:
-    """What carries out the counts that some plans need, all at the same time."""
-    if executor is not None:
-        yield lambda counts: executor.map(Count.run, counts)
-        return
-    with ThreadPoolExecutor(workers) as pool:  # which starts no thread before it has work
-        yield lambda counts: pool.map(Count.run, counts)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 
 import torch
 from frozendict import frozendict
@@ -29,7 +30,7 @@ from compressed_format.streaming.outputs import OutputTensor
 from compressed_format.streaming.units import CompressRows, CopyRows, Placement, Task, count_values, slab_rows
 from compressed_format.streaming.weights import SourceWeight
 
-__all__ = ["Count", "PlannedWeight", "check_weights", "counted", "plan_weight"]
+__all__ = ["Count", "PlannedWeight", "check_weights", "plan_weight", "with_counts"]
 
 _UNIT_BYTES = 64 * 1024 * 1024
 """Of the source, that one unit reads: much less than workers would quarrel over, much more than a unit costs."""
@@ -101,7 +102,7 @@ class Count:
 
 
 def plan_weight(weight: SourceWeight, assignment: Assignment | None, device: str | None) -> PlannedWeight:
-    """What becomes of ``weight``, but for what only its values tell (see :func:`counted`)."""
+    """What becomes of ``weight``, but for what only its values tell (see :func:`with_counts`)."""
     if assignment is None:
         return PlannedWeight(weight, None, None, frozendict(), device)
     args = None if assignment.scheme is None else assignment.scheme.weights
@@ -112,11 +113,21 @@ def plan_weight(weight: SourceWeight, assignment: Assignment | None, device: str
     return PlannedWeight(weight, assignment, layout, dtypes, device)
 
 
-def counted(planned: PlannedWeight, run: Callable[[Iterable[Count]], Iterable[int]]) -> PlannedWeight:
-    """``planned`` with the counts that its tensors' sizes depend on, if they do."""
-    if planned.layout is None or planned.layout.sparsity is not CompressionFormat.SPARSE_BITMASK:
-        return planned
-    return replace(planned, counts=tuple(run(Count(planned, rows) for rows in planned.ranges())))
+def with_counts(
+    weights: Sequence[PlannedWeight], run: Callable[[Sequence[Count]], Sequence[int]]
+) -> list[PlannedWeight]:
+    """``weights`` with the counts that the sizes of their tensors depend on, where they do; all counted by one call."""
+    counts = [
+        [Count(weight, rows) for rows in weight.ranges()]
+        if weight.layout is not None and weight.layout.sparsity is CompressionFormat.SPARSE_BITMASK
+        else []
+        for weight in weights
+    ]
+    found = iter(run([count for of_weight in counts for count in of_weight]))
+    return [
+        replace(weight, counts=tuple(islice(found, len(of_weight))))
+        for weight, of_weight in zip(weights, counts, strict=True)
+    ]
 
 
 def check_weights(weights: Mapping[str, SourceWeight], resolution: TargetResolution) -> None:

@@ -30,6 +30,12 @@ from compressed_format.reading import CheckpointReader, StoredModule, open_check
 from compressed_format.reading.layout import Range, weight_specs
 from compressed_format.streaming.engine import run_job
 from compressed_format.streaming.job_builder import JobBuilder, Source
+from compressed_format.streaming.options import (
+    checked_device,
+    checked_dtype,
+    checked_workers,
+    refuse_destination_around,
+)
 from compressed_format.streaming.outputs import OutputTensor
 from compressed_format.streaming.sources import StoredTensorSpan
 from compressed_format.streaming.targets import architecture_of
@@ -68,8 +74,12 @@ def decompress_checkpoint(
     written; :class:`FormatError` for tensors that contradict the config or themselves; :class:`CheckpointError`,
     :class:`ConfigError` for files that cannot be read.
     """
+    workers, computing = checked_workers(workers), checked_device(device, here=executor is None)
+    wanted = None if dtype is None else checked_dtype(dtype)
+    limit = parse_shard_size(max_shard_size)
     source = Source.open(src)
     reader = open_checkpoint(src)
+    refuse_destination_around(source.checkpoint, Path(dst))
     if reader.config is None:
         found = next((name for name in reader if name.rpartition(".")[2] in OF_COMPRESSED), None)
         message = "is not compressed: it has no quantization_config"
@@ -91,15 +101,15 @@ def decompress_checkpoint(
         message = f"{len(caches)} scales of caches ({caches[0]}, …) mean nothing without the config, and are left out"
         warnings.warn(message, CompressedFormatWarning, stacklevel=2)
     left = [name for name in reader if name not in gone and name not in caches]
-    dense = _dtype_name(reader, left, modules) if dtype is None else str(dtype).removeprefix("torch.")
-    builder = JobBuilder(source, Path(dst), parse_shard_size(max_shard_size))
+    dense = wanted or _dtype_name(reader, left, modules)
+    builder = JobBuilder(source, Path(dst), limit)
     for name, module in modules.items():
         output = OutputTensor(f"{name}.weight", dense, module.layout.shape)
-        builder.add([output], partial(_tasks, source, module, output, None if device is None else str(device)))
+        builder.add([output], partial(_tasks, source, module, output, computing))
     for name in left:
         builder.copy(name)
     builder.set_config(None)
-    job = builder.job({"kind": "decompress", "dtype": dense})
+    job = builder.job({"kind": "decompress", "dtype": dense, "config": reader.config.to_dict()})
     run_job(job, Path(dst), workers=workers, executor=executor, progress=progress, overwrite=overwrite)
 
 

@@ -93,7 +93,7 @@ def run_job(
 
 def _single_file(job: Job, destination: Path) -> str | None:
     """The name of the part that becomes the destination, or ``None`` if the whole folder does."""
-    if destination.suffix != ".safetensors":
+    if not destination.name.endswith(".safetensors"):
         return None
     if len(job.parts) != 1 or job.files:
         names = ", ".join(sorted({*job.parts, *job.files})) or "nothing"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +13,11 @@ from typing import Any
 from compressed_format.checkpoint import Checkpoint, read_checkpoint
 from compressed_format.checkpoint.companions import companion_files
 from compressed_format.checkpoint.index import STEMS, Stem
+from compressed_format.checkpoint.spans import read_span
 from compressed_format.config import QuantizationConfig
 from compressed_format.config.json_text import parse_json, read_bytes
 from compressed_format.errors import ConfigError
-from compressed_format.reading.reader import CONFIG_IN_METADATA
+from compressed_format.reading.reader import CONFIG_IN_METADATA, config_file
 from compressed_format.streaming.job import Job
 from compressed_format.streaming.outputs import OutputTensor, layer_order, place_tensors
 from compressed_format.streaming.sources import SourceFile
@@ -25,6 +27,8 @@ __all__ = ["JobBuilder", "Source"]
 
 _UNIT_BYTES = 64 * 1024 * 1024
 _UNIT_TASKS = 256
+_SAMPLES = 8
+_SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,8 @@ class Source:
             status = checkpoint.status(name)
             files[name] = SourceFile(checkpoint.folder / name, status.st_size, status.st_mtime_ns)
         content = None
-        config = checkpoint.folder / "config.json"
-        if Path(path).is_dir() and config.is_file():
+        config = config_file(checkpoint.folder) if Path(path).is_dir() else None
+        if config is not None:
             content = parse_json(read_bytes(config), str(config))
             if not isinstance(content, dict):
                 raise ConfigError(f"{config}: must be a JSON object, not {type(content).__name__}")
@@ -62,8 +66,25 @@ class Source:
         return next((stem for stem in STEMS if all(file.startswith(stem) for file in self.checkpoint.files)), "model")
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this source from any other, and from itself once it has changed."""
-        return {name: [file.size, file.mtime_ns] for name, file in self.files.items()}
+        """What tells this source from any other, and from itself once it has changed.
+
+        Models of one architecture have files of the same size, and whoever unpacks archives may find all at one time:
+        some of the bytes count, too.
+        """
+        found: dict[str, Any] = {name: [file.size, file.mtime_ns, _sampled(file)] for name, file in self.files.items()}
+        if self.content is not None:
+            found["config.json"] = hashlib.sha256(json.dumps(self.content).encode()).hexdigest()
+        return found
+
+
+def _sampled(file: SourceFile) -> str:
+    """A hash of a few pieces of a file, its end among them. Raises :class:`CheckpointError`."""
+    found = hashlib.sha256()
+    piece = bytearray(min(_SAMPLE_BYTES, file.size))
+    for number in range(1, _SAMPLES + 1):
+        read_span(file.path, (file.size - len(piece)) * number // _SAMPLES, piece)
+        found.update(piece)
+    return found.hexdigest()
 
 
 class JobBuilder:
@@ -137,7 +158,7 @@ class JobBuilder:
             if self.source.is_folder:
                 files |= companion_files(self.source.checkpoint.folder, self.destination)
             if self._content is not None:
-                files["config.json"] = (json.dumps(self._content, indent=2, ensure_ascii=False) + "\n").encode()
+                files["config.json"] = _json_bytes(self._content)
             if outputs.index is not None:
                 files[outputs.index[0]] = outputs.index[1]
         return Job(
@@ -168,3 +189,11 @@ class JobBuilder:
                 size += task.nbytes
         close()
         return units
+
+
+def _json_bytes(content: Mapping[str, Any]) -> bytes:
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    try:
+        return f"{text}\n".encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell out and UTF-8 cannot hold
+        return f"{json.dumps(content, indent=2)}\n".encode()

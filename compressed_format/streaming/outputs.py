@@ -14,7 +14,7 @@ from compressed_format.streaming.units import Placement
 
 __all__ = ["OutputTensor", "Outputs", "layer_order", "place_tensors"]
 
-_DIGITS = re.compile(r"(\d+)")
+_DIGITS = re.compile(r"([0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,13 @@ class Outputs:
     index: tuple[str, bytes] | None
 
 
-def layer_order(name: str) -> list[tuple[int, int | str]]:
+def layer_order(name: str) -> list[tuple[int, str]]:
     """A key that sorts names as their layers follow each other: the tenth after the ninth."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in _DIGITS.split(name)]
+    parts = _DIGITS.split(name)  # words and numbers in turn; numbers of any length, and so by their lengths first
+    numbers = [part.lstrip("0") for part in parts[1::2]]
+    parts[1::2] = numbers
+    lengths = [len(part) if at % 2 else 0 for at, part in enumerate(parts)]
+    return list(zip(lengths, parts, strict=True))
 
 
 def place_tensors(

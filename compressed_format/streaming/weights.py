@@ -120,4 +120,4 @@ def _transposed(up: tuple[int, ...], down: tuple[int, ...], projections: int) ->
 
 def _is_float(spec: TensorSpec) -> bool:
     dtype = DTYPES[spec.dtype]
-    return dtype.is_float and dtype.bits >= 16 and not dtype.name.startswith("complex")
+    return dtype.is_float and not dtype.name.startswith("complex")

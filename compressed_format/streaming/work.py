@@ -13,14 +13,16 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import Protocol, TypeVar
 
 from compressed_format.checkpoint.disk_errors import disk_error
 from compressed_format.checkpoint.partial_folder import PartialFolder
-from compressed_format.errors import CheckpointError, Problem
+from compressed_format.errors import CheckpointError, CompressedFormatError, Problem
 from compressed_format.streaming.job import Unit
 from compressed_format.streaming.journal import Journal
+from compressed_format.streaming.options import checked_workers
 
-__all__ = ["work_off"]
+__all__ = ["results", "work_off"]
 
 _MOST_WORKERS = 16
 """More do not make a disk faster, and each holds memory."""
@@ -29,6 +31,8 @@ _UNKNOWN_WORKERS = 64
 _SYNC_SECONDS = 2.0
 _SYNC_BYTES = 2**30
 """What is not in the journal yet is done again after a kill: this much time, or this much of the source, at most."""
+
+_T_co = TypeVar("_T_co", covariant=True)
 
 
 def work_off(
@@ -45,15 +49,41 @@ def work_off(
     Returns when all are done and noted. After an exception nothing runs any more, as far as the executor lets itself
     be stopped, and what had been done until then is noted.
     """
-    if workers is not None and workers < 1:
-        raise CheckpointError(problems=[Problem("workers", f"must be at least 1, not {workers}")])
+    workers = checked_workers(workers)
     if executor is not None:
         parallel = workers or getattr(executor, "_max_workers", None) or _UNKNOWN_WORKERS
         _Work(folder, journal, executor, 2 * parallel, shared=True).run(units, report)
         return
     parallel = workers or min(_cores(), _MOST_WORKERS)
-    with ThreadPoolExecutor(parallel, thread_name_prefix="unit") as pool:
+    with ThreadPoolExecutor(parallel, "unit", _use_one_thread) as pool:
         _Work(folder, journal, pool, 2 * parallel, shared=False).run(units, report)
+
+
+class _Call(Protocol[_T_co]):
+    """A piece of work that can be pickled, and writes nothing."""
+
+    def run(self) -> _T_co: ...
+
+
+def results(calls: Iterable[_Call[_T_co]], *, workers: int | None, executor: Executor | None) -> list[_T_co]:
+    """What each of ``calls`` yields, of which as many run at the same time as :func:`work_off` runs units.
+
+    Raises the error of the first one that fails, and :class:`CheckpointError` for workers of ``executor`` that died.
+    """
+    if executor is None:
+        with ThreadPoolExecutor(workers or min(_cores(), _MOST_WORKERS), "count", _use_one_thread) as pool:
+            return list(pool.map(_run, calls))
+    try:
+        return list(executor.map(_run, calls))
+    except CompressedFormatError:
+        raise
+    except Exception as error:  # of the executor, each of which has its own
+        message = f"could not look through the source: {type(error).__name__}: {error}; call again"
+        raise CheckpointError(problems=[Problem(type(executor).__name__, message)]) from error
+
+
+def _run(call: _Call[_T_co]) -> _T_co:
+    return call.run()
 
 
 class _Work:
@@ -181,7 +211,6 @@ class _Work:
 
 def _attempt_here(unit: Unit, folder: Path) -> Exception | None:
     """Run a unit on a thread of this process; its error is the result."""
-    _use_one_thread()
     try:
         unit.run(folder)
     except Exception as error:

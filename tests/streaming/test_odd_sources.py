@@ -1,0 +1,67 @@
+"""Sources that are odd and not wrong pass; those that cannot be passed on as they are end in typed errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from compressed_format import compress_checkpoint
+from compressed_format.errors import CheckpointError, QuantizationError
+from compressed_format.streaming.outputs import layer_order
+from tests.checks import assert_same_bits
+from tests.models import read_tensors
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*will not serve the result")
+
+CONFIG = {"config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "channel"}}}}
+
+
+def dense(folder: Path, **more: torch.Tensor) -> Path:
+    folder.mkdir()
+    save_file({"layers.0.up_proj.weight": torch.eye(8), **more}, folder / "model.safetensors")
+    return folder
+
+
+def test_names_of_any_kind(tmp_path: Path) -> None:
+    names = ("²", "a.1²3.weight", "l.٣.weight", f"l.{'9' * 5000}.b", "weight", "", ".", "..weight", "__metadata")
+    tensors = {name: torch.full((4,), float(number)) for number, name in enumerate(names)}
+    compress_checkpoint(dense(tmp_path / "source", **tensors), tmp_path / "out", CONFIG)
+    found = read_tensors(tmp_path / "out")
+    for name, tensor in tensors.items():
+        assert_same_bits(found[name], tensor, name)
+
+
+def test_the_tenth_layer_follows_the_ninth() -> None:
+    names = ["l.9.a", "l.10.a", "l.010.b", "l.11.a", f"l.{'1' * 5000}.a", "l.a", "m.2", "m.2.a"]
+    assert sorted(names[::-1], key=layer_order) == names
+
+
+def test_a_config_that_utf_8_cannot_hold_stays_what_it_is(tmp_path: Path) -> None:
+    source = dense(tmp_path / "source")
+    (source / "config.json").write_text('{"name": "\\ud800", "other": "é"}')
+    compress_checkpoint(source, tmp_path / "out", CONFIG)
+    content = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert content.pop("quantization_config")["format"] == "pack-quantized"
+    assert content == {"name": "\ud800", "other": "é"}
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("nowhere")], ids=["folder", "dead link"])
+def test_a_config_that_is_no_file(make: object, tmp_path: Path) -> None:
+    source = dense(tmp_path / "source")
+    assert callable(make)
+    make(source / "config.json")
+    with pytest.raises(CheckpointError, match=r"config\.json: is a folder, a device, a pipe or a dead link"):
+        compress_checkpoint(source, tmp_path / "out", CONFIG)
+
+
+def test_weights_that_are_codes_are_no_weights_to_compress(tmp_path: Path) -> None:
+    codes = torch.eye(8).to(torch.float8_e4m3fn)
+    source = dense(tmp_path / "source", **{"layers.0.down_proj.weight": codes})
+    with pytest.raises(QuantizationError, match=r"layers\.0\.down_proj: its weight has dtype torch\.float8_e4m3fn"):
+        compress_checkpoint(source, tmp_path / "out", CONFIG)
+    compress_checkpoint(source, tmp_path / "out", {**CONFIG, "ignore": ["re:.*down_proj"]})
+    assert_same_bits(read_tensors(tmp_path / "out")["layers.0.down_proj.weight"], codes, "codes")
