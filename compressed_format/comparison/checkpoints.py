@@ -15,13 +15,15 @@ from compressed_format.comparison.configs import config_differences, metadata_di
 from compressed_format.comparison.difference import Difference, StoredAs, TensorDifference, ValueDifference
 from compressed_format.comparison.values import byte_difference, bytes_differ, value_difference, word_difference
 from compressed_format.reading import StoredModule, open_checkpoint
+from compressed_format.streaming.threads import on_all_cores
 
 __all__ = ["diff_checkpoints"]
 
 # Integers of these suffixes are packed codes or masks, whose words are no numbers; int8 zero points are some.
 _WORDS = frozenset({("weight_packed", "int32"), ("weight_zero_point", "int32"), ("bitmask", "uint8")})
 _OF_DTYPE = ("weight_scale", "scale_packed", "compressed", "weight")
-_SLAB_VALUES = 1 << 20
+# What is decoded at once stays in the cache, and its memory is used again instead of being given back.
+_SLAB_VALUES = 1 << 17
 
 
 def diff_checkpoints(
@@ -39,10 +41,10 @@ def diff_checkpoints(
     stands under the name ``<module>.weight`` beside what the other checkpoint has there, dense or compressed in any
     way; how they are stored, which is ``quantization_config`` and the metadata of headers, is then left out.
 
-    Nothing is made of more than a slab at a time, so that memory is bounded, whatever the size. A tensor that is the
-    same bytes of the same file in both is not read. ``progress`` is called with the bytes of ``a`` that are done and
-    their total. Raises :class:`CheckpointError`, :class:`ConfigError` and, while
-    dequantizing, :class:`FormatError` and :class:`UnsupportedFormatError`, for what cannot be read.
+    Each core works on a slab of one tensor at a time, so that memory is bounded, whatever the size. A tensor that is
+    the same bytes of the same file in both is not read. ``progress`` is called with the bytes of ``a`` that are done
+    and their total. Raises :class:`CheckpointError`, :class:`ConfigError` and, while dequantizing,
+    :class:`FormatError` and :class:`UnsupportedFormatError`, for what cannot be read.
     """
     if dequantize:
         readers = open_checkpoint(a), open_checkpoint(b)
@@ -52,20 +54,20 @@ def diff_checkpoints(
     config = config_differences(first.checkpoint, second.checkpoint, quantization=not dequantize)
     names = [name for name in first.stored if name in second.stored]
     differing: list[TensorDifference] = []
-    shared = 0
+    shared = {name for name in names if _is_shared(first, second, name)}
     done, total = 0, sum(first.nbytes(name) for name in names)
-    for name in names:
+    if progress is not None:
+        progress(done, total)
+
+    def difference(name: str) -> TensorDifference | None:
+        return None if name in shared else _tensor_difference(first, second, name)
+
+    for name, found in zip(names, on_all_cores(difference, names), strict=True):
+        done += first.nbytes(name)
         if progress is not None:
             progress(done, total)
-        done += first.nbytes(name)
-        if _is_shared(first, second, name):
-            shared += 1
-            continue
-        found = _tensor_difference(first, second, name)
         if found is not None:
             differing.append(found)
-    if progress is not None:
-        progress(total, total)
     return Difference(
         first=os.fspath(a),
         second=os.fspath(b),
@@ -76,7 +78,7 @@ def diff_checkpoints(
         metadata=() if dequantize else metadata_differences(first.checkpoint, second.checkpoint),
         config=config,
         same_tensors=len(names) - len(differing),
-        shared_tensors=shared,
+        shared_tensors=len(shared),
     )
 
 
@@ -125,13 +127,16 @@ class _Side:
         return sum(module.tensors[suffix].nbytes for suffix in module.layout.suffixes)
 
     def slabs(self, name: str, rows: int) -> Iterator[NDArray[Any]]:
-        """The values of a weight, so many ``rows`` at a time, as flat float64 arrays."""
+        """The values of a weight, so many ``rows`` at a time, as flat arrays of floats."""
         import torch
 
+        exact = (torch.float16, torch.float32, torch.float64)
         module = self.modules[name.rpartition(".")[0]]
         for start in range(0, self.stored[name].shape[0], rows):
             slab = module.dense(rows=(start, min(start + rows, self.stored[name].shape[0])))
-            yield slab.to(torch.float64).flatten().numpy()
+            if slab.dtype not in exact:  # bfloat16 and float8 are no dtypes of numpy's
+                slab = slab.to(torch.float32 if slab.itemsize <= 2 else torch.float64)
+            yield slab.flatten().numpy()
 
 
 def _full(module: StoredModule, suffix: str) -> str:

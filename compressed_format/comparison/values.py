@@ -16,10 +16,11 @@ from compressed_format.dtypes import DTYPES
 __all__ = ["byte_difference", "bytes_differ", "numbers", "value_difference", "word_difference"]
 
 _PIECE_BYTES = 1 << 20  # small enough for what is made of a piece to stay in the cache
-_PIECE_VALUES = 1 << 18
+_PIECE_VALUES = 1 << 15
 
 _Bytes = NDArray[np.uint8]
-_Pieces = Iterable[tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_]]]
+_Pieces = Iterable[tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_] | None]]
+"""Values of both, and which of them differ; None for those that are other numbers."""
 
 
 def bytes_differ(first: memoryview, second: memoryview) -> bool:
@@ -42,7 +43,7 @@ def byte_difference(
     def pieces() -> _Pieces:
         for one, other in _pieces(first, second, dtypes):
             a, b = numbers(one, dtypes[0]), numbers(other, dtypes[1])
-            yield a, b, _other_bits(one, other, len(a)) if dtypes[0] == dtypes[1] else _other_numbers(a, b)
+            yield a, b, _other_bits(one, other, len(a)) if dtypes[0] == dtypes[1] else None
 
     return _measured(pieces(), shape)
 
@@ -63,13 +64,13 @@ def word_difference(first: memoryview, second: memoryview, dtype: str, shape: tu
 def value_difference(
     slabs: Iterable[tuple[NDArray[Any], NDArray[Any]]], shape: tuple[int, ...]
 ) -> ValueDifference | None:
-    """How two tensors of ``shape`` differ whose values come as pairs of flat float64 arrays; None if they do not."""
+    """How two tensors of ``shape`` differ whose values come as pairs of flat arrays of floats; None if they do not."""
 
     def pieces() -> _Pieces:
         for first, second in slabs:
             for start in range(0, len(first), _PIECE_VALUES):
-                a, b = first[start : start + _PIECE_VALUES], second[start : start + _PIECE_VALUES]
-                yield a, b, _other_numbers(a, b)
+                a, b = (side[start : start + _PIECE_VALUES].astype(np.float64) for side in (first, second))
+                yield a, b, None
 
     return _measured(pieces(), shape)
 
@@ -123,9 +124,10 @@ def _other_bits(one: _Bytes, other: _Bytes, count: int) -> NDArray[np.bool_]:
     return different
 
 
-def _other_numbers(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.bool_]:
-    different: NDArray[np.bool_] = (a != b) & ~(np.isnan(a) & np.isnan(b))
-    return different
+def _other_numbers(a: NDArray[Any], b: NDArray[Any], *, whole: bool) -> NDArray[np.bool_]:
+    """Which values are other numbers, NaN being the same as NaN; ``whole`` says that there are none."""
+    different: NDArray[np.bool_] = a != b
+    return different if whole else different & ~(np.isnan(a) & np.isnan(b))
 
 
 def _distances(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
@@ -153,6 +155,8 @@ def _measured(pieces: _Pieces, shape: tuple[int, ...]) -> ValueDifference | None
         for a, b, different in pieces:
             finite = np.isfinite(a) & np.isfinite(b)
             whole = bool(finite.all())  # as good as always: nothing has to be picked out
+            if different is None:
+                different = _other_numbers(a, b, whole=whole)
             energy += _energy(a if whole else a[finite])
             if different.any():
                 at = start + int(different.argmax()) if at < 0 else at

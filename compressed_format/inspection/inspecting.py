@@ -13,11 +13,18 @@ from compressed_format.config.json_text import parse_json, read_bytes
 from compressed_format.config.scheme import describe_scheme
 from compressed_format.dtypes import DTYPES
 from compressed_format.errors import CheckpointError, FormatError, Problem
-from compressed_format.inspection.inspection import InspectedModule, InspectedScheme, InspectedTensor, Inspection
+from compressed_format.inspection.inspection import (
+    InspectedModule,
+    InspectedScheme,
+    InspectedTensor,
+    Inspection,
+    LayerError,
+)
 from compressed_format.inspection.kernels import KernelProblem, kernel_for
 from compressed_format.inspection.names import without_experts
 from compressed_format.inspection.reference_error import error_against
 from compressed_format.reading import CheckpointReader, StoredModule, open_checkpoint
+from compressed_format.streaming.threads import on_all_cores
 
 __all__ = ["inspect_checkpoint"]
 
@@ -192,14 +199,19 @@ def _with_errors(
     modules: list[InspectedModule] = []
     unmatched: list[Problem] = []
     done, total = 0, sum(module.parameters for module in found.modules)
-    for module in found.modules:
+
+    def compared(module: InspectedModule) -> LayerError | str:
         dense = original.modules.get(module.name)
         problem = _mismatch(module, dense, original)
-        if problem is None and dense is not None:
-            error = error_against(stored.modules[module.name], dense)
+        if problem is not None or dense is None:
+            return problem or ""
+        return error_against(stored.modules[module.name], dense)
+
+    for module, error in zip(found.modules, on_all_cores(compared, found.modules), strict=True):
+        if isinstance(error, LayerError):
             module = InspectedModule(module.name, module.kind, module.scheme, module.shape, module.nbytes, error)
         else:
-            unmatched.append(Problem(module.name, problem or ""))
+            unmatched.append(Problem(module.name, error))
         modules.append(module)
         done += module.parameters
         if progress is not None:

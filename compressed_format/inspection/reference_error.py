@@ -11,8 +11,8 @@ from compressed_format.reading import StoredModule
 
 __all__ = ["SLAB_VALUES", "error_against"]
 
-SLAB_VALUES = 2**20
-"""How many values a slab has, as long as a row and what cannot be cut allow: 8 MB in float64."""
+SLAB_VALUES = 2**17
+"""How many values a slab has, as long as a row and what cannot be cut allow: 1 MB in float64, which the cache holds."""
 
 
 def error_against(stored: StoredModule, dense: StoredModule) -> LayerError:
