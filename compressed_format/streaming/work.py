@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -21,11 +19,10 @@ from compressed_format.errors import CheckpointError, CompressedFormatError, Pro
 from compressed_format.streaming.job import Unit
 from compressed_format.streaming.journal import Journal
 from compressed_format.streaming.options import checked_workers
+from compressed_format.streaming.threads import MOST_WORKERS, cores, use_one_thread
 
 __all__ = ["results", "work_off"]
 
-_MOST_WORKERS = 16
-"""More do not make a disk faster, and each holds memory."""
 _UNKNOWN_WORKERS = 64
 """An executor has as many, as far as keeping it busy is concerned, when neither it nor the caller says how many."""
 _SYNC_SECONDS = 2.0
@@ -54,8 +51,8 @@ def work_off(
         parallel = workers or getattr(executor, "_max_workers", None) or _UNKNOWN_WORKERS
         _Work(folder, journal, executor, 2 * parallel, shared=True).run(units, report)
         return
-    parallel = workers or min(_cores(), _MOST_WORKERS)
-    with ThreadPoolExecutor(parallel, "unit", _use_one_thread) as pool:
+    parallel = workers or min(cores(), MOST_WORKERS)
+    with ThreadPoolExecutor(parallel, "unit", use_one_thread) as pool:
         _Work(folder, journal, pool, 2 * parallel, shared=False).run(units, report)
 
 
@@ -71,7 +68,7 @@ def results(calls: Iterable[_Call[_T_co]], *, workers: int | None, executor: Exe
     Raises the error of the first one that fails, and :class:`CheckpointError` for workers of ``executor`` that died.
     """
     if executor is None:
-        with ThreadPoolExecutor(workers or min(_cores(), _MOST_WORKERS), "count", _use_one_thread) as pool:
+        with ThreadPoolExecutor(workers or min(cores(), MOST_WORKERS), "count", use_one_thread) as pool:
             return list(pool.map(_run, calls))
     try:
         return list(executor.map(_run, calls))
@@ -233,38 +230,3 @@ def _attempt_elsewhere(unit: Unit, folder: Path, job: Path, attempt: str) -> Exc
     except Exception as error:
         return error
     return None
-
-
-_thread = threading.local()
-_settings = threading.Lock()
-
-
-def _use_one_thread() -> None:
-    """Let torch's operations use this thread alone, should torch be in use at all.
-
-    torch keeps a number for the process, which each thread takes over when it first needs it, and sets both at once.
-    The process's is therefore set back at once, by a thread that no one else uses.
-    """
-    if "torch" not in sys.modules or getattr(_thread, "is_set", False):
-        return
-    import torch
-
-    with _settings:
-        process: list[int] = []
-        _on_a_new_thread(lambda: process.append(torch.get_num_threads()))
-        torch.get_num_threads()  # takes over the process's number now, and not after this one is set
-        torch.set_num_threads(1)
-        _on_a_new_thread(lambda: torch.set_num_threads(process[0]))
-    _thread.is_set = True
-
-
-def _on_a_new_thread(call: Callable[[], None]) -> None:
-    thread = threading.Thread(target=call)
-    thread.start()
-    thread.join()
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # pragma: no cover

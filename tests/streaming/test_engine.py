@@ -13,7 +13,7 @@ import torch
 
 from compressed_format.checkpoint import read_checkpoint, syscalls, write_checkpoint
 from compressed_format.errors import CheckpointError, CheckpointExistsError, CheckpointLockedError
-from compressed_format.streaming import work
+from compressed_format.streaming import threads
 from compressed_format.streaming.engine import run_job
 from compressed_format.streaming.job import Job, Part
 from tests.checkpoint.saves import OLD, content_of, save
@@ -183,7 +183,7 @@ def test_units_compute_on_their_own_thread_only(tmp_path: Path) -> None:
     try:
         run_job(replace(job, units=units), tmp_path / "out", workers=2)
         after: list[int] = [torch.get_num_threads()]
-        work._on_a_new_thread(lambda: after.append(torch.get_num_threads()))
+        threads._on_a_new_thread(lambda: after.append(torch.get_num_threads()))
     finally:
         torch.set_num_threads(before)
     assert set(Threads.seen) == {1}
