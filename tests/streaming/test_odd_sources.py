@@ -37,7 +37,9 @@ def test_names_of_any_kind(tmp_path: Path) -> None:
 
 def test_the_tenth_layer_follows_the_ninth() -> None:
     names = ["l.9.a", "l.10.a", "l.010.b", "l.11.a", f"l.{'1' * 5000}.a", "l.a", "m.2", "m.2.a"]
-    assert sorted(names[::-1], key=layer_order) == names
+    found = names[::-1]
+    found.sort(key=layer_order)
+    assert found == names
 
 
 def test_a_config_that_utf_8_cannot_hold_stays_what_it_is(tmp_path: Path) -> None:
