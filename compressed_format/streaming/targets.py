@@ -67,6 +67,7 @@ def plan_targets(source: Source, config: QuantizationConfig, device: str | None)
     if not any(name in modules.weights for name in resolution.assignments):
         raise TargetError("the config reaches no weight of this checkpoint, so nothing would be compressed:", doubts)
     resolution, told = _without_tied(resolution, modules)
+    told += _stored_though_tied(resolution, modules, source)
     check_weights(modules.weights, resolution)
     _refuse_experts_told_apart(resolution, modules.weights)
     planned: dict[str, PlannedWeight] = {}
@@ -192,6 +193,23 @@ def _without_tied(resolution: TargetResolution, modules: _Modules) -> tuple[Targ
             )
             told.append(Problem(name, message))
     return replace(resolution, assignments=type(resolution.assignments)(kept)), told
+
+
+def _stored_though_tied(resolution: TargetResolution, modules: _Modules, source: Source) -> Iterator[Problem]:
+    """A head that has a tensor of its own, though ``config.json`` ties it, and is not treated as the embedding is."""
+    embeddings = [name for name, weight in modules.weights.items() if weight.kind == "Embedding"]
+    tied = (source.content or {}).get("tie_word_embeddings") is True
+    for name in modules.weights if tied else ():
+        owner = next((owner for owner in embeddings if name.rpartition(".")[2] == "lm_head"), None)
+        if owner is None or modules.weights[name].matrix.shape != modules.weights[owner].matrix.shape:
+            continue
+        own, other = resolution.assignments.get(name), resolution.assignments.get(owner)
+        if (None if own is None else treatment(own)) != (None if other is None else treatment(other)):
+            message = (
+                f"is stored, though config.json ties it to {owner}, which is treated otherwise: whoever ties the two "
+                'does not see this one; add it to ignore, or set "tie_word_embeddings" to false in config.json'
+            )
+            yield Problem(name, message)
 
 
 def _refuse_experts_told_apart(resolution: TargetResolution, weights: Mapping[str, SourceWeight]) -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from compressed_format import compress_checkpoint
-from compressed_format.errors import CheckpointError, QuantizationError
+from compressed_format.errors import CheckpointError, CompressedFormatWarning, QuantizationError
 from compressed_format.streaming.outputs import layer_order
 from tests.checks import assert_same_bits
 from tests.models import read_tensors
@@ -67,3 +67,14 @@ def test_weights_that_are_codes_are_no_weights_to_compress(tmp_path: Path) -> No
         compress_checkpoint(source, tmp_path / "out", CONFIG)
     compress_checkpoint(source, tmp_path / "out", {**CONFIG, "ignore": ["re:.*down_proj"]})
     assert_same_bits(read_tensors(tmp_path / "out")["layers.0.down_proj.weight"], codes, "codes")
+
+
+def test_a_tied_head_that_is_stored_all_the_same(tmp_path: Path) -> None:
+    embedding = torch.eye(8)
+    source = dense(tmp_path / "source", **{"model.embed_tokens.weight": embedding, "lm_head.weight": embedding.clone()})
+    (source / "config.json").write_text('{"tie_word_embeddings": true}')
+    with pytest.warns(CompressedFormatWarning, match=r"^lm_head: is stored, though .* ties it to model\.embed_tokens"):
+        compress_checkpoint(source, tmp_path / "out", CONFIG)
+    alike = {"config_groups": {"g": {**CONFIG["config_groups"]["g"], "targets": ["Linear", "Embedding"]}}}
+    compress_checkpoint(source, tmp_path / "alike", alike)  # warnings are errors here
+    compress_checkpoint(source, tmp_path / "ignored", {**CONFIG, "ignore": ["lm_head"]})
