@@ -23,6 +23,7 @@ from compressed_format.errors import CheckpointError, CompressedFormatWarning, P
 from compressed_format.loading.fitting import dtype_misfit
 from compressed_format.loading.skeleton import Skeleton
 from compressed_format.model_origin import diffusers_class_name, is_transformers_model
+from compressed_format.modules.base import frozen_parameter
 from compressed_format.modules.module_table import ModuleTable
 from compressed_format.renaming import module_names, rename_modules
 
@@ -46,6 +47,10 @@ def load_compressed(
     the meta device. ``dtype`` is that of everything uncompressed and of activations (default: as stored); codes and
     scales stay as they are in the file. On the CPU, tensors are mapped, not copied. ``allow_unknown`` reads a config
     whose groups have keys with values that nobody here knows; without it they are errors.
+
+    Values are not read, however large the tensors are, but for the few that native code relies on, such as
+    ``weight_shape``, ``weight_g_idx`` and bitmasks. Each module checks its scales when it is first used, and raises
+    :class:`FormatError` for one that is not finite; :func:`check` validates everything in advance.
 
     Raises :class:`CheckpointError` with every missing, unexpected, misshapen or mistyped tensor;
     :class:`UnsupportedFormatError` for what could not be run correctly, by feature and module; :class:`ConfigError`
@@ -216,5 +221,6 @@ def _assign(modules: ModuleTable, names: Iterable[str], tensor: torch.Tensor) ->
             continue
         old = module._parameters[child]
         if new is None:
-            new = nn.Parameter(tensor, requires_grad=old is not None and old.requires_grad)
+            frozen = old is None or not old.requires_grad
+            new = frozen_parameter(tensor) if frozen else nn.Parameter(tensor)
         module._parameters[child] = new

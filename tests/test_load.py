@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from compressed_format import (
     ConfigError,
     FormatError,
     UnsupportedFormatError,
+    check,
     compress,
     load_compressed,
     save_compressed,
@@ -350,20 +353,70 @@ def test_a_packed_layer_that_is_ignored(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("tensor", "message"),
-    [
-        ({"weight_shape": torch.tensor([64, 31])}, "says [64, 31], but the module's weight is [64, 32]"),
-        ({"weight_scale": torch.full((64, 1), torch.nan)}, "holds nan at index [0, 0], expected a finite scale"),
-    ],
-)
-def test_values_that_contradict_the_format(tensor: dict[str, torch.Tensor], message: str, tmp_path: Path) -> None:
+def test_values_that_contradict_the_format(tmp_path: Path) -> None:
     saved_nested(tmp_path / "x")
-    changes = {f"blocks.{block}.up.{name}": value for name, value in tensor.items() for block in range(2)}
+    changes = {f"blocks.{block}.up.weight_shape": torch.tensor([64, 31]) for block in range(2)}
     edit_tensors(tmp_path / "x", **changes)
     with pytest.raises(FormatError, match="contradicts itself") as caught:
         load_compressed(tmp_path / "x", model=seeded(Nested))
+    message = "says [64, 31], but the module's weight is [64, 32]"
     assert problems_of(caught.value) == dict.fromkeys(changes, message)
+
+
+def with_a_nan(folder: Path, name: str) -> None:
+    saved_nested(folder)
+    scale = read_tensors(folder)[name].clone()
+    scale[3, 0] = torch.nan
+    edit_tensors(folder, **{name: scale})
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda module: module(torch.ones(2, 32)),
+        lambda module: module.dequantized_weight(),
+        lambda module: module.weight.sum(),
+    ],
+)
+def test_scales_are_checked_when_they_are_first_used(use: Callable[[Any], object], tmp_path: Path) -> None:
+    place = "blocks.1.up.weight_scale"
+    with_a_nan(tmp_path / "x", place)
+    loaded = load_compressed(tmp_path / "x", model=seeded(Nested))
+    use(loaded.blocks[0].up)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(loaded)))
+    for model in (loaded, loaded, copied):  # the second time, too
+        assert model.blocks[1].up.weight.dtype is torch.float32  # which is known without a value
+        with pytest.raises(FormatError) as caught:
+            use(model.blocks[1].up)
+        assert problems_of(caught.value) == {place: "holds nan at index [3, 0], expected a finite scale"}
+    assert [finding.place for finding in check(tmp_path / "x").errors] == [place]
+
+
+def test_scales_are_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved_nested(tmp_path / "x")
+    loaded = load_compressed(tmp_path / "x", model=seeded(Nested))
+    expected = loaded(INPUT)
+    monkeypatch.delattr("compressed_format.modules.first_use.check_scales")
+    assert torch.equal(loaded(INPUT), expected)
+    with pytest.raises(NameError):
+        load_compressed(tmp_path / "x", model=seeded(Nested))(INPUT)
+
+
+def test_a_check_of_scales_is_no_part_of_a_graph(tmp_path: Path) -> None:
+    saved_nested(tmp_path / "x")
+    loaded = load_compressed(tmp_path / "x", model=seeded(Nested))
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(loaded, backend=backend, fullgraph=True)
+    first = compiled(INPUT)  # of modules that have not been used
+    assert torch.equal(loaded(INPUT), first)
+    assert torch.equal(compiled(INPUT), first)
+    assert len(graphs) == 1
+    assert "aminmax" not in graphs[0].code
 
 
 def test_buffers_that_no_checkpoint_holds(tmp_path: Path) -> None:

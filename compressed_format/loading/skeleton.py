@@ -27,19 +27,19 @@ from compressed_format.config import (
 )
 from compressed_format.errors import CompressedFormatWarning, FormatError, Problem, UnsupportedFormatError
 from compressed_format.formats import SPARSITY_FORMATS
-from compressed_format.formats.base import StoredTensor, check_scales, decode_g_idx
+from compressed_format.formats.base import StoredTensor, decode_g_idx
 from compressed_format.loading.experts import StackedExperts, dense_recipes, stack_experts
 from compressed_format.loading.fitting import FitTable, meta_tensor
 from compressed_format.loading.fused_experts import Recipe
 from compressed_format.loading.kv_cache import keep_cache_scales
 from compressed_format.loading.older_layouts import modernize, older_layout, without_marlin
 from compressed_format.modules.base import CompressedModule, is_of_weight, is_split
+from compressed_format.modules.first_use import check_scales_of
 from compressed_format.modules.module_table import ModuleTable
 from compressed_format.modules.offloading import is_offloaded, onloaded
 
 __all__ = ["Skeleton"]
 
-_SCALES = frozenset({"weight_scale", "input_scale", "output_scale"})
 _OF_PACKED_WEIGHTS = frozenset({"weight_packed", "weight_scale", "compressed"})
 
 
@@ -141,7 +141,9 @@ class Skeleton:
         return problems
 
     def finish(self, dtype: torch.dtype | None = None) -> None:
-        """Check what only the values tell, and re-encode layouts that are read but not run. Call it once, last.
+        """Check what must not be run, and re-encode layouts that are read but not run. Call it once, last.
+
+        Scales are looked at when a module is first used, unless they are split between processes then.
 
         ``dtype`` becomes that of the compressed modules' weights and of embeddings looked up. Tensors that accelerate
         has offloaded are read for it, and those that are re-encoded are offloaded again.
@@ -156,11 +158,12 @@ class Skeleton:
         for name, module in self._modules.items():
             if dtype is not None:
                 vars(module)["dtype"] = dtype
+            vars(module)["_unchecked"] = name
             if module._sharding is not None:
                 problems += module._sharding.problems(module, self.config.version, name)
                 continue
             values = [value for value in module._parameters.values() if value is not None]
-            if any(map(is_split, values)):
+            if any(type(value) is not nn.Parameter and is_split(value) for value in values):
                 problems += self._problems_of_whole(name, module)
                 continue
             weight = module._parameters[module._weight_name]
@@ -219,6 +222,7 @@ class Skeleton:
         from compressed_format.parallel.gathering import problems_of_whole
 
         def check() -> None:
+            check_scales_of(name, module)
             _check_values(name, module)
             modernize(name, module, self.config.version)
 
@@ -322,18 +326,12 @@ def _computed_buffers(modules: ModuleTable, stored: Container[str]) -> list[str]
 
 
 def _check_values(name: str, module: CompressedModule) -> None:
-    """Raise :class:`FormatError` for values that would spoil whatever is computed with them."""
-    held = module._parameters
-    if module.sparsity is None and "weight_g_idx" not in held:
-        # Only scales are looked at. Those of all experts at once, as long as nothing has to be said of one of them.
-        try:
-            for suffix in _SCALES:
-                if (scale := held.get(suffix)) is not None:
-                    check_scales(scale, "")
-        except FormatError:
-            pass
-        else:
-            return
+    """Raise :class:`FormatError` for values by which memory would be read that is not the tensor's.
+
+    Few modules have any, so that most are not looked at; what else spoils a result is found at the first use.
+    """
+    if module.sparsity is None and "weight_g_idx" not in module._parameters:
+        return
     parts = module.checkpoint_parts(name)
     if not [place for place, tensors in parts.items() if _check_tensors(place, module, tensors)]:
         module._parameters.pop("weight_g_idx", None)
@@ -341,8 +339,6 @@ def _check_values(name: str, module: CompressedModule) -> None:
 
 def _check_tensors(place: str, module: CompressedModule, tensors: Mapping[str, torch.Tensor]) -> bool:
     """Check the tensors of one weight; whether its ``weight_g_idx`` means anything."""
-    for suffix in tensors.keys() & _SCALES:
-        check_scales(tensors[suffix], f"{place}.{suffix}")
     if module.sparsity is not None:
         expected, found = list(module._weight_shape), tensors["shape"].flatten().tolist()
         if found != expected:

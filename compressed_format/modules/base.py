@@ -20,6 +20,7 @@ from compressed_format.config import CompressionFormat, QuantizationArgs, Quanti
 from compressed_format.config.scheme import describe_scheme
 from compressed_format.errors import Problem, UnsupportedFormatError
 from compressed_format.formats import SPARSITY_FORMATS, format_named
+from compressed_format.modules.first_use import check_values_once
 from compressed_format.modules.float8_pickling import Envelope
 from compressed_format.modules.lazy_weight import LazyWeight
 from compressed_format.modules.offloading import means_parameter
@@ -29,6 +30,7 @@ __all__ = [
     "CompressedModule",
     "SplitWeight",
     "compressed_modules",
+    "frozen_parameter",
     "is_of_weight",
     "is_split",
 ]
@@ -72,6 +74,8 @@ class CompressedModule(nn.Module):
     _output: _ActivationArguments | None
     # How the weight is split between processes, for a module that computes on its part.
     _sharding: SplitWeight | None = None
+    # The name under which it was loaded, as long as nobody has looked at the values of its scales.
+    _unchecked: str | None = None
 
     def _set_up(
         self,
@@ -99,7 +103,7 @@ class CompressedModule(nn.Module):
             _output=_activation_arguments(None if scheme is None else scheme.output_activations),
         )
         for name, tensor in tensors.items():
-            self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+            self._parameters[name] = frozen_parameter(tensor)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -112,21 +116,24 @@ class CompressedModule(nn.Module):
         codes = self._parameters.get("weight")
         if codes is not None and means_parameter(sys._getframe(1)):
             return codes
-        packed = self._weight_tensors()
+        packed = self._held_tensors()
         device = self._parameters[self._weight_name].device  # type: ignore[union-attr]
         return LazyWeight(partial(self._dequantize, packed, self.dtype), self._dense_shape, self.dtype, device)
 
     def dequantized_weight(self) -> torch.Tensor:
         """The weight in :attr:`dtype` as a plain tensor of its own, made anew by every call."""
-        return self._dequantize(self._weight_tensors(), self.dtype)
+        return self._dequantize(self._held_tensors(), self.dtype)
 
     def _dequantize(self, packed: tuple[torch.Tensor | None, ...], dtype: torch.dtype) -> torch.Tensor:
+        # In this order: a compiled graph must not depend on what has been checked.
+        if not torch.compiler.is_compiling() and self._unchecked is not None:
+            check_values_once(self)
         dense = self._dense_weight(packed)
         # An exported program would check the operand of a conversion, and could not leave it out.
         return dense if dense.dtype == dtype else dense.to(dtype)
 
     def _dense_weight(self, packed: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
-        """The weight in the dtype of its scales, dequantized from :meth:`_weight_tensors`."""
+        """The weight in the dtype of its scales, dequantized from :meth:`_held_tensors`."""
         _refuse_parts(self, packed)
         return ops.dequantize(*packed, *self._layout)
 
@@ -176,6 +183,12 @@ class CompressedModule(nn.Module):
         self.format = format
 
     def _weight_tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """What ops compute with. Raises :class:`FormatError` where its values, first looked at here, make no sense."""
+        if not torch.compiler.is_compiling() and self._unchecked is not None:
+            check_values_once(self)
+        return self._held_tensors()
+
+    def _held_tensors(self) -> tuple[torch.Tensor | None, ...]:
         get = self._parameters.get
         return (
             self._parameters[self._weight_name],
@@ -283,6 +296,13 @@ class CompressedModule(nn.Module):
         parts += [self.format.value] if self.sparsity is None else [self.format.value, self.sparsity.value]
         size = sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
         return ", ".join(part for part in (*parts, f"{size:,} bytes") if part)
+
+
+def frozen_parameter(tensor: torch.Tensor) -> nn.Parameter:
+    """``nn.Parameter(tensor, requires_grad=False)``, for plain tensors in two thirds of the time."""
+    if type(tensor) is not torch.Tensor:
+        return nn.Parameter(tensor, requires_grad=False)
+    return torch.Tensor._make_subclass(nn.Parameter, tensor, False)
 
 
 def compressed_modules(model: nn.Module) -> dict[str, CompressedModule]:

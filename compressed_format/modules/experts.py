@@ -58,14 +58,15 @@ class CompressedExpertLinear(CompressedModule):
 
         Expert ``E`` stands for none: its outputs are zero.
         """
+        weight = self._weight_tensors()  # checked before activations are rounded
         if self._input is not None and not self._input_of_tokens:
             # The scales differ from expert to expert, so each token is rounded for each of its own.
             input = input.unsqueeze(1).expand(-1, experts.shape[1], -1)
             input = self._quantize_for_experts(input, experts, "input").flatten(0, 1)
-            output = ops.expert_linear(input, experts.reshape(-1, 1), *self._weight_tensors(), *self._layout)
+            output = ops.expert_linear(input, experts.reshape(-1, 1), *weight, *self._layout)
             output = output.reshape(*experts.shape, self.out_features)
         else:
-            output = ops.expert_linear(self._quantize_input(input), experts, *self._weight_tensors(), *self._layout)
+            output = ops.expert_linear(self._quantize_input(input), experts, *weight, *self._layout)
         return self._quantize_for_experts(output, experts, "output")
 
     @property

@@ -42,8 +42,8 @@ class CompressedLinear(CompressedModule, nn.Linear):  # type: ignore[override]  
         """``input`` ``[..., in_features]`` in any float dtype, to ``[..., out_features]`` in the same dtype."""
         if self._sharding is not None:
             return self._sharding.linear(self, input)
-        input = self._quantize_input(input)
-        output = ops.linear(input, *self._weight_tensors(), self._parameters["bias"], *self._layout)
+        weight = self._weight_tensors()  # checked before activations are rounded
+        output = ops.linear(self._quantize_input(input), *weight, self._parameters["bias"], *self._layout)
         return self._quantize_output(output)
 
     def extra_repr(self) -> str:

@@ -6,14 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["CONFIG", "EVERYWHERE", "FILES", "VALUES", "Case"]
+__all__ = ["CONFIG", "EVERYWHERE", "FILES", "SCALES", "VALUES", "Case"]
 
 FILES = ("reader", "open", "load", "fill", "check", "decompress", "compress")
 """The entry points that read files of tensors."""
 CONFIG = ("config", "load", "fill", "check", "decompress")
 """Those that read the config of a compressed model."""
 VALUES = ("fill", "check")
-"""Those that look at every value before it is used."""
+"""Those that look at everything that native code relies on before it is used."""
+SCALES = ("run", "check")
+"""Those that look at the values of scales before anything is computed with them."""
 EVERYWHERE = ("config", *FILES)
 
 

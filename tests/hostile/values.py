@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tests.hostile.case import VALUES, Case
+from tests.hostile.case import SCALES, VALUES, Case
 from tests.models import edit_config, edit_tensors, read_config, read_tensors
 
 __all__ = ["VALUE_CASES"]
@@ -85,11 +85,11 @@ PACKED = [
     ),
     Case("scales of one dimension", tensor("lin.weight_scale", lambda t: t.view(-1)), "", VALUES, base="grouped"),
     Case("scales that are integers", tensor("lin.weight_scale", lambda t: t.int()), "dtype", VALUES, base="grouped"),
-    Case("a scale: NaN", filled("lin.weight_scale", math.nan), "nan|NaN", VALUES, base="grouped"),
-    Case("a scale: infinite", filled("lin.weight_scale", math.inf), "inf", VALUES, base="grouped"),
+    Case("a scale: NaN", filled("lin.weight_scale", math.nan), "nan|NaN", SCALES, ("fill",), base="grouped"),
+    Case("a scale: infinite", filled("lin.weight_scale", math.inf), "inf", SCALES, ("fill",), base="grouped"),
     Case("a scale: zero", filled("lin.weight_scale", 0.0), "scale", ("check",), base="grouped"),
     Case("a scale: negative", filled("lin.weight_scale", -1.0), "scale", ("check",), base="grouped"),
-    Case("a scale of int8: NaN", filled("lin.weight_scale", math.nan), "nan|NaN", VALUES, base="int8"),
+    Case("a scale of int8: NaN", filled("lin.weight_scale", math.nan), "nan|NaN", SCALES, ("fill",), base="int8"),
     Case(
         "zero points too few",
         tensor("lin.weight_zero_point", lambda t: t[1:].contiguous()),
