@@ -5,16 +5,15 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import json
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any, BinaryIO, NamedTuple
 
-from compressed_format.checkpoint.json_stream import JsonStream, count_bytes
+from compressed_format.checkpoint.collection import collection_paused
+from compressed_format.checkpoint.json_stream import count_bytes, read_members
 from compressed_format.dtypes import DTYPES, DTYPES_BY_SAFETENSORS_CODE
 from compressed_format.errors import CheckpointError, Problem
 
@@ -121,10 +120,10 @@ def read_header(
     shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # few among many tensors: held once
     data_start = LENGTH_BYTES + length
     try:
-        with _without_collections():
+        with collection_paused():
             if count_bytes(source, length, b"{") > 2 + MAX_TENSORS:  # the header itself, its metadata
                 raise ValueError(_TOO_MANY)
-            for name, entry in JsonStream(source, length).members():
+            for name, entry in read_members(source, length):
                 if name == _METADATA:
                     if metadata is not None:
                         raise ValueError(f"the key {_METADATA!r} occurs twice in one object")
@@ -163,19 +162,6 @@ def read_header(
 def show_name(name: str) -> str:
     """A tensor's name for messages: as it is, unless it is absurdly long or would do things to a terminal."""
     return name if len(name) <= _LONGEST_NAME and name.isprintable() else reprlib.repr(name)
-
-
-@contextmanager
-def _without_collections() -> Iterator[None]:
-    """Without the garbage collector, which would look through all the tensors found so far again and again, while
-    nothing here makes cycles."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 _UNREADABLE = TensorSpec("", (), "", 0, 0)  # in the place of an entry that is wrong, so that its name is known

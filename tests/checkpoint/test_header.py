@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from compressed_format.checkpoint import TensorSpec, header, read_checkpoint, write_checkpoint
+from compressed_format.checkpoint import TensorSpec, header, json_stream, read_checkpoint, write_checkpoint
 from compressed_format.checkpoint.header import build_header, parse_header
 from compressed_format.errors import CheckpointError
 from tests.hostile.headers import HOSTILE, entry
@@ -38,6 +38,14 @@ def test_literal_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == expected
 
 
+@pytest.fixture(params=["whole", "member by member"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways in which a header is parsed, whatever its size."""
+    if request.param != "whole":
+        monkeypatch.setattr(json_stream, "_SHORT", -1)
+
+
+@pytest.mark.usefixtures("way")
 def test_built_and_parsed() -> None:
     entries = [("a", "float32", (2, 3)), ("ä", "uint8", ()), ("empty", "bfloat16", (0, 7)), ("c", "complex64", (1,))]
     built = build_header(entries, {"format": "pt", "by": "hand"})
@@ -66,6 +74,7 @@ def test_a_header_that_no_reader_takes_is_not_built(monkeypatch: pytest.MonkeyPa
         build_header([("x" * 1000, "uint8", (1,))], {})
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_headers(case: str, tmp_path: Path, raw_file: RawFile) -> None:
     text, data, more, message = HOSTILE[case]
@@ -98,9 +107,7 @@ def test_cut_anywhere(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def test_all_problems_in_one_error(tmp_path: Path, raw_file: RawFile) -> None:
     path = tmp_path / "model.safetensors"
-    path.write_bytes(
-        raw_file({"__metadata__": 3, "a": entry("F7"), "b": entry(shape=[-1]), "c": 4, "fine": entry()})
-    )
+    path.write_bytes(raw_file({"__metadata__": 3, "a": entry("F7"), "b": entry(shape=[-1]), "c": 4, "fine": entry()}))
     with pytest.raises(CheckpointError) as caught:
         read_checkpoint(path)
     assert [problem.place for problem in caught.value.problems] == [
