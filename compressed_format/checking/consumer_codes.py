@@ -60,7 +60,7 @@ VLLM_SIZES = Code(
 )
 VLLM_PARALLEL = Code(
     "CF407", "cannot be split over GPUs", _WARNING,
-    "Tensor parallelism over 2, 4 or 8 GPUs would cut a group or a word.",
+    "Tensor parallelism over 2, 4 or 8 GPUs would cut a group, a block or a word.",
     "Choose a smaller group size, or serve it on fewer GPUs.", VLLM,
 )
 VLLM_FUSED = Code(

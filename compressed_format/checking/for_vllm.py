@@ -173,11 +173,10 @@ def _check_sizes(plan: Plan, use: Use, weights: QuantizationArgs, layer: Layer) 
             message = f"{columns} columns are no multiple of the group size {size}"
             plan.say(codes.VLLM_SIZES, layer.name, f"{message}; {codes.VLLM_SIZES.way_out}")
         elif layer.is_split_by_inputs:
-            for gpus in (2, 4, 8):
-                if columns % (size * gpus):
-                    message = f"{columns} columns over {gpus} GPUs cut a group of {size}"
-                    plan.say(codes.VLLM_PARALLEL, layer.name, f"{message}; {codes.VLLM_PARALLEL.way_out}")
-                    break
+            gpus = _gpus_that_cut(columns, size)
+            if gpus is not None:
+                message = f"{columns} columns over {gpus} GPUs cut a group of {size}"
+                plan.say(codes.VLLM_PARALLEL, layer.name, f"{message}; {codes.VLLM_PARALLEL.way_out}")
     if use.format is _F.PACK_QUANTIZED and not weights.symmetric and rows % max(32 // weights.num_bits, 1):
         message = f"{rows} rows do not fill whole words of {32 // weights.num_bits} zero points"
         code = codes.VLLM_EXPERT_SCHEME if use.experts else codes.VLLM_PARALLEL
@@ -189,11 +188,24 @@ def _check_sizes(plan: Plan, use: Use, weights: QuantizationArgs, layer: Layer) 
             message = f"int4 with float8 inputs needs multiples of {tile}, not [{rows}, {columns}]"
             plan.say(codes.VLLM_SIZES, layer.name, f"{message}; {codes.VLLM_SIZES.way_out}")
     if weights.strategy is _S.BLOCK and weights.block_structure is not None:
-        height = weights.block_structure[0]
+        height, width = weights.block_structure
         # Of layers that are fused, all but the last must end where a block does.
         if rows % height and any(layer.leaf in family[:-1] for family in FUSED):
             message = f"is fused with the layer behind it, and its {rows} rows end within a block of {height}"
             plan.say(codes.VLLM_SIZES, layer.name, f"{message}; {codes.VLLM_SIZES.way_out}")
+        for count, step, what, is_split in (
+            (columns, width, "columns", layer.is_split_by_inputs),
+            (rows, height, "rows", layer.is_split_by_outputs),
+        ):
+            gpus = _gpus_that_cut(count, step) if is_split else None
+            if gpus is not None:
+                message = f"{count} {what} over {gpus} GPUs cut a block of {step}"
+                plan.say(codes.VLLM_PARALLEL, layer.name, f"{message}; quantize by channel, or serve it on fewer GPUs")
+
+
+def _gpus_that_cut(count: int, step: int) -> int | None:
+    """The fewest GPUs, of which each would have a part of ``count`` that does not consist of whole ``step``."""
+    return next((gpus for gpus in (2, 4, 8) if count % (step * gpus)), None)
 
 
 def sibling_problems(plan: Plan) -> list[tuple[str, str]]:

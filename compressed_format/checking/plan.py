@@ -30,6 +30,8 @@ _STACKED = re.compile(r".*\bexperts\.\w*proj(_packed|_scale|\.weight_packed|\.we
 _SPLIT_BY_INPUTS = frozenset(
     {"o_proj", "down_proj", "out_proj", "wo", "w2", "c_proj", "fc2", "dense_4h_to_h", "dense", "proj_out"}
 )
+# Of those that it splits along their outputs, the ones of which a part is never shared.
+_SPLIT_BY_OUTPUTS = frozenset({"q_proj", "wq", "query", "gate_proj", "up_proj", "w1", "w3", "fc1", "dense_h_to_4h"})
 _ONLINE = frozenset(
     {TransformLocation.INPUT, TransformLocation.OUTPUT, TransformLocation.K_CACHE, TransformLocation.Q_ATTN}
 )
@@ -79,6 +81,11 @@ class Layer:
     def is_split_by_inputs(self) -> bool:
         """Whether tensor parallelism gives each GPU a part of its columns."""
         return self.leaf in _SPLIT_BY_INPUTS
+
+    @property
+    def is_split_by_outputs(self) -> bool:
+        """Whether tensor parallelism gives each GPU a part of its rows, and no other one the same part."""
+        return self.leaf in _SPLIT_BY_OUTPUTS
 
     @property
     def as_module(self) -> NamedModule:

@@ -200,6 +200,23 @@ def test_splitting_over_gpus(columns: int, gpus: int | None) -> None:
     assert gpus is None or f"over {gpus} GPUs" in found[0].message
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("down_proj", (100, 128 * 6), "768 columns over 4 GPUs cut a block of 128"),
+        ("down_proj", (100, 128 * 8), None),
+        ("gate_proj", (128 * 3, 100), "384 rows over 2 GPUs cut a block of 128"),
+        ("gate_proj", (128 * 8, 100), None),
+        ("k_proj", (128, 100), None),  # heads that are too few for all GPUs are on several of them
+    ],
+)
+def test_splitting_blocks_over_gpus(name: str, shape: tuple[int, int], expected: str | None) -> None:
+    found = consumer_findings(config(weights=BLOCK), {f"a.{name}": LayerShape(shape)}, ["vllm"])
+    assert [(finding.code, expected is not None and expected in finding.message) for finding in found] == (
+        [] if expected is None else [("CF407", True)]
+    )
+
+
 def test_kernels_for_vllm() -> None:
     for weights, expected in (
         ({**INT4, "num_bits": 3}, ["CF405"]),
