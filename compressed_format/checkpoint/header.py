@@ -118,6 +118,7 @@ def read_header(
     metadata: dict[str, str] | None = None
     tensors: dict[str, TensorSpec] = {}
     shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # few among many tensors: held once
+    beyond, first_beyond = 0, None
     data_start = LENGTH_BYTES + length
     try:
         with collection_paused():
@@ -137,15 +138,25 @@ def read_header(
                     raise ValueError(f"the key {reprlib.repr(name)} occurs twice in one object")
                 if len(tensors) == MAX_TENSORS:
                     raise ValueError(_TOO_MANY)
-                spec = _parse_entry(entry, file, data_start, file_size, shapes)
+                spec = _parse_entry(entry, file, data_start, shapes)
                 if isinstance(spec, str):
                     problems.append(Problem(f"{file}: {show_name(name)}", spec))
                     if len(problems) == MOST_PROBLEMS:
                         raise CheckpointError(problems=problems)
                     spec = _UNREADABLE
+                elif spec.stop > file_size:
+                    beyond, first_beyond = beyond + 1, first_beyond or (name, spec)
+                    spec = _UNREADABLE
                 tensors[name] = spec
     except ValueError as error:
         raise CheckpointError(problems=[Problem(file, f"its header cannot be read: {error}")]) from error
+    if first_beyond is not None:
+        name, spec = first_beyond
+        offsets = [spec.start - data_start, spec.stop - data_start]
+        message = f"data_offsets {offsets} reach past the end of the {file_size - data_start} bytes of data"
+        others = f", and those of {beyond - 1} more tensors do, too" if beyond > 1 else ""
+        message += f"{others}: the file is cut off, or its header wrong; download or save it again"
+        problems.append(Problem(f"{file}: {show_name(name)}", message))
     if not problems:  # with an entry missing, everything behind it would look like a hole
         in_order = all(
             first.start <= second.start and first.stop <= second.stop
@@ -168,7 +179,7 @@ _UNREADABLE = TensorSpec("", (), "", 0, 0)  # in the place of an entry that is w
 
 
 def _parse_entry(
-    entry: Any, file: str, data_start: int, file_size: int, shapes: dict[tuple[int, ...], tuple[int, ...]]
+    entry: Any, file: str, data_start: int, shapes: dict[tuple[int, ...], tuple[int, ...]]
 ) -> TensorSpec | str:
     """The spec of one entry, or what is wrong with it; ``shapes`` are those seen before."""
     if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
@@ -191,8 +202,6 @@ def _parse_entry(
     size = 0 if 0 in shape else size
     if size != offsets[1] - offsets[0]:
         return f"shape {reprlib.repr(shape)} of {dtype.name} takes {size} bytes, data_offsets {offsets} span another"
-    if data_start + offsets[1] > file_size:
-        return f"data_offsets {offsets} reach past the end of the {file_size - data_start} bytes of data"
     sizes = tuple(shape)
     sizes = shapes.setdefault(sizes, sizes)
     return TensorSpec(dtype.name, sizes, file, data_start + offsets[0], data_start + offsets[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,3 +157,13 @@ def test_what_the_reference_refuses_is_refused_here(tmp_path: Path, raw_file: Ra
             with pytest.raises(CheckpointError):
                 read_checkpoint(path)
     assert refused > 30
+
+
+def test_a_file_that_is_cut_off_is_one_problem(tmp_path: Path) -> None:
+    entries = {f"{number}": entry(shape=[8], offsets=[8 * number, 8 * number + 8]) for number in range(300)}
+    with pytest.raises(CheckpointError) as caught:
+        parse_header(json.dumps(entries).encode(), file="f", file_size=len(json.dumps(entries)) + 8 + 44)
+    (problem,) = caught.value.problems
+    assert problem.place == "f: 5"
+    assert "data_offsets [40, 48] reach past the end of the 44 bytes of data" in problem.message
+    assert "294 more tensors" in problem.message
