@@ -214,6 +214,8 @@ class WeightLayout:
             message = f"has {size} {kind}, and {first} to {last} were asked for"
             raise FormatError(problems=[Problem(self.place, message)])
         step = (self.row_step, self.column_step)[dim]
+        if step >= size:  # of an empty range, too: what can only be decoded whole has no part without any columns
+            return 0, size
         return first // step * step, min(-(-last // step) * step, size)
 
     def cropped(

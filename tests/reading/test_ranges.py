@@ -54,7 +54,7 @@ def _saved(folder: Path, group: dict[str, Any], **further: Any) -> tuple[StoredM
 CASES = {name: {"weights": weights} for name, weights in WEIGHTS.items()} | SPARSE
 
 
-@pytest.fixture(scope="module", params=[*CASES, "sparse-bitmask"])
+@pytest.fixture(scope="module", params=[*CASES, "sparse-bitmask", "sparse-bitmask FP8 block"])
 def stored(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[StoredModule, torch.Tensor]:
@@ -64,8 +64,9 @@ def stored(
         if "2:4" in request.param or "bitmask" in request.param
         else nullcontext()
     ):
-        if request.param == "sparse-bitmask":
-            return _saved(folder, {}, sparsity_config=BITMASK)[:2]
+        if "bitmask" in request.param:
+            group = {"weights": WEIGHTS["FP8 block"]} if "FP8" in request.param else {}
+            return _saved(folder, group, sparsity_config=BITMASK)[:2]
         return _saved(folder, CASES[request.param])[:2]
 
 
