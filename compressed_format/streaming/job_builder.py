@@ -12,7 +12,7 @@ from typing import Any
 
 from compressed_format.checkpoint import Checkpoint, read_checkpoint
 from compressed_format.checkpoint.companions import companion_files
-from compressed_format.checkpoint.index import STEMS, Stem
+from compressed_format.checkpoint.index import INDEX_SUFFIX, STEMS, Stem
 from compressed_format.checkpoint.spans import read_span
 from compressed_format.config import QuantizationConfig
 from compressed_format.config.json_text import parse_json, read_bytes
@@ -48,7 +48,7 @@ class Source:
             status = checkpoint.status(name)
             files[name] = SourceFile(checkpoint.folder / name, status.st_size, status.st_mtime_ns)
         content = None
-        config = config_file(checkpoint.folder) if Path(path).is_dir() else None
+        config = config_file(checkpoint.folder) if _is_folder(checkpoint) else None
         if config is not None:
             content = parse_json(read_bytes(config), str(config))
             if not isinstance(content, dict):
@@ -58,7 +58,7 @@ class Source:
     @property
     def is_folder(self) -> bool:
         """Whether the checkpoint is a folder, with files beside the weights, and not a single file."""
-        return self.checkpoint.path.is_dir()
+        return _is_folder(self.checkpoint)
 
     @property
     def stem(self) -> Stem:
@@ -75,6 +75,10 @@ class Source:
         if self.content is not None:
             found["config.json"] = hashlib.sha256(json.dumps(self.content).encode()).hexdigest()
         return found
+
+
+def _is_folder(checkpoint: Checkpoint) -> bool:
+    return checkpoint.path.is_dir() or checkpoint.path.name.endswith(INDEX_SUFFIX)  # which is one's, by another name
 
 
 def _sampled(file: SourceFile) -> str:

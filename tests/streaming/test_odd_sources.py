@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from compressed_format import compress_checkpoint
 from compressed_format.errors import CheckpointError, CompressedFormatWarning, QuantizationError
 from compressed_format.streaming.outputs import layer_order
+from tests.checkpoint.saves import content_of
 from tests.checks import assert_same_bits
 from tests.models import read_tensors
 
@@ -78,3 +79,15 @@ def test_a_tied_head_that_is_stored_all_the_same(tmp_path: Path) -> None:
     alike = {"config_groups": {"g": {**CONFIG["config_groups"]["g"], "targets": ["Linear", "Embedding"]}}}
     compress_checkpoint(source, tmp_path / "alike", alike)  # warnings are errors here
     compress_checkpoint(source, tmp_path / "ignored", {**CONFIG, "ignore": ["lm_head"]})
+
+
+def test_an_index_stands_for_its_folder(tmp_path: Path) -> None:
+    source = dense(tmp_path / "source")
+    index = {"metadata": {}, "weight_map": {"layers.0.up_proj.weight": "model.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    (source / "config.json").write_text('{"hidden_size": 8}')
+    (source / "tokenizer.json").write_text("{}")
+    compress_checkpoint(source, tmp_path / "folder", CONFIG)
+    compress_checkpoint(source / "model.safetensors.index.json", tmp_path / "index", CONFIG)
+    assert content_of(tmp_path / "index") == content_of(tmp_path / "folder")
+    assert sorted(content_of(tmp_path / "index")) == ["config.json", "model.safetensors", "tokenizer.json"]
