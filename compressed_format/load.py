@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressed_format.checkpoint import TensorSpec, read_checkpoint
+from compressed_format.checkpoint import TensorSpec
 from compressed_format.checkpoint.collection import collection_paused
 from compressed_format.compression.attached_config import attach_config, tell_library
 from compressed_format.config import QuantizationConfig
@@ -25,6 +25,7 @@ from compressed_format.loading.skeleton import Skeleton
 from compressed_format.model_origin import diffusers_class_name, is_transformers_model
 from compressed_format.modules.base import frozen_parameter
 from compressed_format.modules.module_table import ModuleTable
+from compressed_format.reading import CheckpointReader, open_checkpoint
 from compressed_format.renaming import module_names, rename_modules
 
 __all__ = ["load_compressed"]
@@ -44,9 +45,10 @@ def load_compressed(
     Without ``model``, transformers builds the architecture that ``config.json`` names, and ``from_pretrained`` goes
     to its ``from_pretrained``. Where ``config.json`` has a ``_class_name``, as in the folders of a pipeline, diffusers
     builds it, and takes nothing further. With ``model``, that module is filled and returned; it may have been built on
-    the meta device. ``dtype`` is that of everything uncompressed and of activations (default: as stored); codes and
-    scales stay as they are in the file. On the CPU, tensors are mapped, not copied. ``allow_unknown`` reads a config
-    whose groups have keys with values that nobody here knows; without it they are errors.
+    the meta device, and ``path`` may be a single file whose metadata hold the config. ``dtype`` is that of everything
+    uncompressed and of activations (default: as stored); codes and scales stay as they are in the file. On the CPU,
+    tensors are mapped, not copied. ``allow_unknown`` reads a config whose groups have keys with values that nobody here
+    knows; without it they are errors.
 
     Values are not read, however large the tensors are, but for the few that native code relies on, such as
     ``weight_shape``, ``weight_g_idx`` and bitmasks. Each module checks its scales when it is first used, and raises
@@ -60,20 +62,24 @@ def load_compressed(
     if device is not None and from_pretrained.get("device_map") is not None:
         raise TypeError("load_compressed got both device and device_map: a model that is spread over devices stays so")
     path = Path(path)
-    config, problems = QuantizationConfig.from_checkpoint(path, allow_unknown=allow_unknown)
-    for problem in problems:
-        warnings.warn(str(problem), CompressedFormatWarning, stacklevel=2)
     content = _config_content(path) if model is None else {}
     if model is None and diffusers_class_name(content) is None:
         from compressed_format.integrations.pretrained import load_pretrained
 
+        config, problems = QuantizationConfig.from_checkpoint(path, allow_unknown=allow_unknown)
+        for problem in problems:
+            warnings.warn(str(problem), CompressedFormatWarning, stacklevel=2)
         loaded = load_pretrained(path, config, dtype=dtype, **from_pretrained)
     else:
         if from_pretrained:
             unused = ", ".join(sorted(from_pretrained))
             reason = "with model=" if model is not None else "and this is a model of diffusers"
             raise TypeError(f"load_compressed got {unused}, which only transformers' from_pretrained takes, {reason}")
-        loaded = _load_diffusers(path, content, config, dtype) if model is None else _fill(model, path, config, dtype)
+        with collection_paused():
+            reader = open_checkpoint(path, allow_unknown=allow_unknown)
+            for problem in reader.warnings:
+                warnings.warn(str(problem), CompressedFormatWarning, stacklevel=2)
+            loaded = _load_diffusers(reader, content, dtype) if model is None else _fill(model, reader, dtype)
     return loaded if device is None else loaded.to(device)
 
 
@@ -83,7 +89,7 @@ def _config_content(path: Path) -> Any:
     return parse_json(read_bytes(file), str(file)) if file.is_file() else {}
 
 
-def _load_diffusers(path: Path, content: Any, config: QuantizationConfig, dtype: torch.dtype | None) -> nn.Module:
+def _load_diffusers(reader: CheckpointReader, content: Any, dtype: torch.dtype | None) -> nn.Module:
     try:
         from compressed_format.integrations import diffusers
     except ImportError as error:
@@ -91,27 +97,26 @@ def _load_diffusers(path: Path, content: Any, config: QuantizationConfig, dtype:
             f"names {diffusers_class_name(content)}, a model of diffusers, which cannot be imported ({error}): "
             "install diffusers, or pass model="
         )
-        raise CheckpointError(problems=[Problem(f"{path / 'config.json'}: _class_name", message)]) from error
-    checkpoint = read_checkpoint(path)
-    uncompressed = [checkpoint.spec(name) for name in checkpoint if not name.endswith("_scale")]
+        raise CheckpointError(problems=[Problem(f"{reader.path / 'config.json'}: _class_name", message)]) from error
+    uncompressed = [reader.spec(name) for name in reader if not name.endswith("_scale")]
     usual = _usual_dtype((torch_dtype(spec.dtype), math.prod(spec.shape)) for spec in uncompressed)
-    model = diffusers.build(content, path, dtype or usual)
-    return _fill(model, path, config, dtype, in_float32=diffusers.kept_in_float32(model))
+    model = diffusers.build(content, reader.path, dtype or usual)
+    return _fill(model, reader, dtype, in_float32=diffusers.kept_in_float32(model))
 
 
-@collection_paused()
 def _fill(
     model: nn.Module,
-    path: Path,
-    config: QuantizationConfig,
+    reader: CheckpointReader,
     dtype: torch.dtype | None,
     *,
     in_float32: frozenset[str] = frozenset(),
 ) -> nn.Module:
-    """Put the tensors of ``path`` into ``model``. What ``dtype`` would change becomes float32 instead where a part of
-    the tensor's name is one of ``in_float32``.
+    """Put the tensors of ``reader`` into ``model``. What ``dtype`` would change becomes float32 instead where a part
+    of the tensor's name is one of ``in_float32``.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint, config = reader.checkpoint, reader.config
+    if config is None:
+        config, _ = QuantizationConfig.from_checkpoint(reader.folder)  # which says what is missing
     names = {name: name for name in checkpoint}
     if is_transformers_model(model):
         from compressed_format.integrations.checkpoint_names import model_names
@@ -163,7 +168,7 @@ def _fill(
             message = "is a non-persistent buffer on the meta device, which no checkpoint holds; build it on the CPU"
             problems.append(Problem(name, message))
     if problems:
-        raise CheckpointError(f"{path} does not fit the model:", problems)
+        raise CheckpointError(f"{reader.path} does not fit the model:", problems)
     uncompressed = [name for name, tensor in loaded.items() if name not in packed and tensor.is_floating_point()]
     if dtype is not None:
         for name in uncompressed:

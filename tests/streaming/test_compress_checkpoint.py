@@ -10,8 +10,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
-from compressed_format import QuantizationConfig, compress_checkpoint, decompress_checkpoint, open_checkpoint
+from compressed_format import (
+    QuantizationConfig,
+    compress_checkpoint,
+    decompress_checkpoint,
+    load_compressed,
+    open_checkpoint,
+)
 from compressed_format.checkpoint import read_checkpoint
 from compressed_format.compression.weights import compressed_tensors
 from compressed_format.config import resolve_targets
@@ -202,6 +209,11 @@ def test_one_file_to_one_file(source: Path, tmp_path: Path) -> None:
     reader = open_checkpoint(packed)
     assert reader.config is not None
     assert reader.modules["model.layers.0.mlp.up_proj"].quantized().shape == (ROWS, COLUMNS)
+    model = nn.ModuleDict({"up_proj": nn.Linear(COLUMNS, ROWS, bias=False, device="meta")})
+    save_file({"up_proj.weight": torch.ones(ROWS, COLUMNS)}, tmp_path / "small.safetensors")
+    compress_checkpoint(tmp_path / "small.safetensors", tmp_path / "loaded.safetensors", "W8A16")
+    loaded = load_compressed(tmp_path / "loaded.safetensors", model=model)["up_proj"]
+    torch.testing.assert_close(loaded(torch.eye(COLUMNS)), torch.ones(COLUMNS, ROWS), atol=0.01, rtol=0)
     decompress_checkpoint(packed, dense)
     assert open_checkpoint(dense).config is None
     assert open_checkpoint(dense)["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
