@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from compressed_format.checkpoint import Checkpoint
 from compressed_format.dtypes import DTYPES
 from compressed_format.errors import CheckpointError, Problem, QuantizationError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["checked_device", "checked_dtype", "checked_workers", "refuse_destination_around"]
 
@@ -29,6 +31,8 @@ def checked_device(device: torch.device | str | None, *, here: bool) -> str | No
     """
     if device is None:
         return None
+    import torch
+
     try:
         if not isinstance(device, str | torch.device):
             raise TypeError(f"it is of the type {type(device).__name__}")
