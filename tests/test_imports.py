@@ -17,9 +17,10 @@ import compressed_format
 PACKAGE = Path(compressed_format.__file__).parent
 # The order of the parts, as in the README's map.
 PARTS = (
-    "errors", "dtypes", "config", "bitpack", "bitmask", "scales", "quantization", "activations", "ops", "formats",
-    "checkpoint", "reading", "modules", "calibrate", "renaming", "model_origin", "compression", "loading", "parallel", "save",
-    "load", "takeover", "checking", "streaming", "inspection", "comparison", "integrations", "cli", "__main__",
+    "errors", "dtypes", "threads", "config", "bitpack", "bitmask", "scales", "quantization", "activations", "ops",
+    "formats", "checkpoint", "reading", "modules", "calibrate", "renaming", "model_origin", "compression", "loading",
+    "parallel", "save", "load", "takeover", "checking", "streaming", "inspection", "comparison", "integrations", "cli",
+    "__main__",
 )  # fmt: skip
 # What only a model of another library needs, or one that is split: a function may import it when it is called.
 ON_USE = {"integrations", "parallel"}

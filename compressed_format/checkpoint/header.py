@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -45,6 +46,7 @@ ALIGNMENT = 64
 _METADATA = "__metadata__"
 _ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
 _LARGEST_SIZE = 2**63 - 1
+_INTEGERS = frozenset({int})
 _LONGEST_NAME = 300
 _TOO_MANY = f"it has more than {MAX_TENSORS} tensors: split the file into shards"
 
@@ -192,14 +194,9 @@ def _parse_entry(
         return f"shape {reprlib.repr(shape)} must be a list of integers from 0 to 2**63 - 1"
     if not _is_list_of_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         return f"data_offsets {reprlib.repr(offsets)} must be two integers, the first not above the second"
-    # Python's integers do not overflow, but torch's do, also where another dimension is zero. Stopping early keeps
-    # the product small however many dimensions there are.
-    size = dtype.bits // 8
-    for length in shape:
-        size *= max(length, 1)
-        if size > _LARGEST_SIZE:
-            return f"shape {reprlib.repr(shape)} is larger than any memory"
-    size = 0 if 0 in shape else size
+    size = _byte_size(dtype.bits // 8, shape)
+    if size is None:
+        return f"shape {reprlib.repr(shape)} is larger than any memory"
     if size != offsets[1] - offsets[0]:
         return f"shape {reprlib.repr(shape)} of {dtype.name} takes {size} bytes, data_offsets {offsets} span another"
     sizes = tuple(shape)
@@ -219,11 +216,24 @@ def _layout_problems(tensors: Mapping[str, TensorSpec], file: str, position: int
         yield Problem(file, f"its tensors end at byte {position}, the file at {file_size}")
 
 
+def _byte_size(itemsize: int, shape: list[int]) -> int | None:
+    """What a tensor takes; None where that is larger than 64 bits can say."""
+    if len(shape) < 4 and 0 not in shape:
+        size = itemsize * math.prod(shape)
+        return size if size <= _LARGEST_SIZE else None
+    # Python's integers do not overflow, but torch's do, also where another dimension is zero. Stopping early keeps
+    # the product small however many dimensions there are.
+    size = itemsize
+    for length in shape:
+        size *= max(length, 1)
+        if size > _LARGEST_SIZE:
+            return None
+    return 0 if 0 in shape else size
+
+
 def _is_list_of_sizes(value: Any) -> bool:
-    if not isinstance(value, list):
+    # By type() and not isinstance(), because true and false are no sizes; and without a loop, which for each of a
+    # million short lists would take most of the time.
+    if type(value) is not list or not set(map(type, value)) <= _INTEGERS:
         return False
-    for item in value:  # noqa: SIM110  # a generator for each of a million short lists takes most of the time
-        # type() and not isinstance(): true and false are no sizes.
-        if type(item) is not int or not 0 <= item <= _LARGEST_SIZE:
-            return False
-    return True
+    return not value or (min(value) >= 0 and max(value) <= _LARGEST_SIZE)

@@ -15,7 +15,7 @@ from compressed_format.comparison.configs import config_differences, metadata_di
 from compressed_format.comparison.difference import Difference, StoredAs, TensorDifference, ValueDifference
 from compressed_format.comparison.values import byte_difference, bytes_differ, value_difference, word_difference
 from compressed_format.reading import StoredModule, open_checkpoint
-from compressed_format.streaming.threads import on_all_cores
+from compressed_format.threads import on_all_cores
 
 __all__ = ["diff_checkpoints"]
 

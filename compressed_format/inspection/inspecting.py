@@ -24,7 +24,7 @@ from compressed_format.inspection.kernels import KernelProblem, kernel_for
 from compressed_format.inspection.names import without_experts
 from compressed_format.inspection.reference_error import error_against
 from compressed_format.reading import CheckpointReader, StoredModule, open_checkpoint
-from compressed_format.streaming.threads import on_all_cores
+from compressed_format.threads import on_all_cores
 
 __all__ = ["inspect_checkpoint"]
 

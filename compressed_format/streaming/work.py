@@ -19,7 +19,7 @@ from compressed_format.errors import CheckpointError, CompressedFormatError, Pro
 from compressed_format.streaming.job import Unit
 from compressed_format.streaming.journal import Journal
 from compressed_format.streaming.options import checked_workers
-from compressed_format.streaming.threads import MOST_WORKERS, cores, use_one_thread
+from compressed_format.threads import MOST_WORKERS, cores, use_one_thread
 
 __all__ = ["results", "work_off"]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from compressed_format import threads
 from compressed_format.checkpoint import read_checkpoint, syscalls, write_checkpoint
 from compressed_format.errors import CheckpointError, CheckpointExistsError, CheckpointLockedError
-from compressed_format.streaming import threads
 from compressed_format.streaming.engine import run_job
 from compressed_format.streaming.job import Job, Part
 from tests.checkpoint.saves import OLD, content_of, save

@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from compressed_format.streaming import threads
-from compressed_format.streaming.threads import on_all_cores
+from compressed_format import threads
+from compressed_format.threads import on_all_cores
 
 
 def test_results_come_in_the_order_of_the_items(monkeypatch: pytest.MonkeyPatch) -> None:
