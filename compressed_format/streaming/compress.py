@@ -70,7 +70,7 @@ def compress_checkpoint(
     if consumers is not None:
         refuse_unservable(plan.config, plan.layers, consumers)
     unserved = unservable(plan.config, plan.layers) if consumers is None else []
-    for problem in (*plan.warnings, *unserved):
+    for problem in (*plan.warnings, *unserved, *source.left_behind()):
         warnings.warn(str(problem), CompressedFormatWarning, stacklevel=2)
     builder = JobBuilder(source, Path(dst), limit)
     refuse_occupied(dst, overwrite=overwrite, single_file=builder.is_file)  # and not after hours of counting

@@ -89,12 +89,18 @@ def decompress_checkpoint(
     refused = unserved(reader.config)
     if refused:
         raise UnsupportedFormatError("the checkpoint cannot be decompressed here:", refused)
-    for problem in reader.warnings:
+    for problem in (*reader.warnings, *source.left_behind()):
         warnings.warn(str(problem), CompressedFormatWarning, stacklevel=2)
     modules = _compressed_modules(reader)
     _refuse_experts_kept_stacked(source, modules)
     gone = {
         f"{name}.{suffix}" for name, module in modules.items() for suffix in module.tensors if _goes(module, suffix)
+    }
+    gone |= {
+        f"{name}.{suffix}"
+        for name, module in reader.modules.items()
+        for suffix in _OF_ACTIVATIONS & module.tensors.keys()
+        if module.assignment is not None  # its activations alone are quantized
     }
     caches = [name for name in reader if name.rpartition(".")[2] in _OF_CACHES]
     if caches:

@@ -16,7 +16,7 @@ from compressed_format.checkpoint.index import INDEX_SUFFIX, STEMS, Stem
 from compressed_format.checkpoint.spans import read_span
 from compressed_format.config import QuantizationConfig
 from compressed_format.config.json_text import parse_json, read_bytes
-from compressed_format.errors import ConfigError
+from compressed_format.errors import ConfigError, Problem
 from compressed_format.reading.reader import CONFIG_IN_METADATA, config_file
 from compressed_format.streaming.job import Job
 from compressed_format.streaming.outputs import OutputTensor, layer_order, place_tensors
@@ -64,6 +64,17 @@ class Source:
     def stem(self) -> Stem:
         """How the names of its files of tensors begin."""
         return next((stem for stem in STEMS if all(file.startswith(stem) for file in self.checkpoint.files)), "model")
+
+    def left_behind(self) -> list[Problem]:
+        """Tensors in the folder that are no part of the checkpoint, and so of nothing that is written."""
+        if not self.is_folder:
+            return []
+        names = sorted(path.name for path in self.checkpoint.folder.glob("*.safetensors"))
+        others = [name for name in names if name not in self.files]
+        if not others:
+            return []
+        more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+        return [Problem(others[0] + more, "is no part of the checkpoint, as its files tell, and is left behind")]
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells this source from any other, and from itself once it has changed.

@@ -377,3 +377,19 @@ def test_an_architecture_that_nobody_knows_is_told(source: Path, tmp_path: Path)
     with recorded_warnings() as texts:
         compress_checkpoint(source, tmp_path / "out", "W4A16")
     assert any("'nobody-knows' is no architecture that transformers builds here" in text for text in texts)
+
+
+def test_tensors_of_no_checkpoint_are_told(source: Path, tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1)}, source / "consolidated.safetensors")
+    with pytest.warns(CompressedFormatWarning, match=r"consolidated.safetensors: is no part of the checkpoint"):
+        compress_checkpoint(source, tmp_path / "out", "W4A16")
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == ["model.safetensors"]
+
+
+def test_scales_of_activations_go_with_the_config_alone(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "a", {"lin.weight": torch.ones(4, 8), "lin.input_scale": torch.ones(1)})
+    group = {"targets": ["Linear"], "input_activations": {**INT8, "strategy": "tensor"}}
+    config = {"config_groups": {"g": group}, "format": "dense", "quantization_status": "compressed"}
+    (folder / "config.json").write_text(json.dumps({"quantization_config": config}))
+    decompress_checkpoint(folder, tmp_path / "out")
+    assert list(read_tensors(tmp_path / "out")) == ["lin.weight"]
