@@ -29,6 +29,7 @@ from compressed_format.streaming.weights import FusedExperts, SourceWeight, fuse
 
 __all__ = ["TargetPlan", "architecture_of", "plan_targets"]
 
+_DISAGREEMENT = "looks like {} by its name, and is of the class {} in the architecture, which decides"
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
 
 
@@ -103,17 +104,18 @@ def _refuse_compressed(source: Source) -> None:
 def _modules(source: Source) -> _Modules:
     """The modules of ``source``: by the names of its tensors, and by its architecture where that is known."""
     checkpoint, content = source.checkpoint, source.content or {}
-    weights = source_weights(checkpoint, source.files)
     model_type = content.get("model_type")
     fused = fused_experts(checkpoint, model_type if isinstance(model_type, str) else None)
     architecture = architecture_of(source)
     names: Mapping[str, str] = {}
     doubts: list[Problem] = []
+    by_name = {name: (weight.kind,) for name, weight in source_weights(checkpoint, source.files, {}).items()}
+    weights = source_weights(checkpoint, source.files, {} if architecture is None else architecture.classes)
     classes: dict[str, tuple[str, ...]] = {name: (weight.kind,) for name, weight in weights.items()}
     tied: dict[str, str] = {}
     if architecture is not None:
         names, tied = architecture.names, dict(architecture.tied)
-        doubts += _disagreements(classes, architecture)
+        doubts += _disagreements(by_name, weights, architecture)
         classes |= architecture.classes
         fused = {name: _as_built(experts, architecture) for name, experts in fused.items()}
     elif _names_an_architecture(source):
@@ -147,7 +149,9 @@ def _names_an_architecture(source: Source) -> bool:
     return "model_type" in (source.content or {}) and find_spec("transformers") is not None
 
 
-def _disagreements(classes: Mapping[str, tuple[str, ...]], architecture: Architecture) -> list[Problem]:
+def _disagreements(
+    classes: Mapping[str, tuple[str, ...]], weights: Mapping[str, SourceWeight], architecture: Architecture
+) -> list[Problem]:
     """Where the names suggest another class than the architecture has."""
     told: dict[str, list[str]] = defaultdict(list)
     for name, (kind,) in classes.items():
@@ -155,7 +159,10 @@ def _disagreements(classes: Mapping[str, tuple[str, ...]], architecture: Archite
         if built is None:
             told[f"is no module of the architecture in config.json; it is taken for a {kind} by its name"].append(name)
         elif kind not in built and not _is_router(built):
-            told[f"looks like a {kind} by its name, and is a {built[0]} in the architecture; that decides"].append(name)
+            told[_DISAGREEMENT.format(f"a {kind}", built[0])].append(name)
+    for name, weight in weights.items():
+        if name not in classes:
+            told[_DISAGREEMENT.format("neither Linear nor Embedding", weight.kind)].append(name)
     for name in architecture.missing:
         told["is a module of the architecture, and no tensor of the checkpoint is its weight"].append(name)
     return [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from frozendict import frozendict
@@ -69,14 +69,22 @@ class FusedExperts:
         return SourceMatrix(stored, features, transposed=self.transposed, first=first, step=step)
 
 
-def source_weights(checkpoint: Checkpoint, files: Mapping[str, SourceFile]) -> dict[str, SourceWeight]:
-    """The matrices ``X.weight`` of floats whose names are those of a Linear or an Embedding, by module."""
+def source_weights(
+    checkpoint: Checkpoint, files: Mapping[str, SourceFile], known: Mapping[str, Sequence[str]]
+) -> dict[str, SourceWeight]:
+    """The matrices ``X.weight`` of floats that belong to a Linear or an Embedding, by module.
+
+    ``known`` has the classes of modules whose architecture is known; names tell the others.
+    """
     found = {}
     for name in checkpoint:
         module, _, suffix = name.rpartition(".")
         spec = checkpoint.spec(name)
         if module and suffix == "weight" and len(spec.shape) == 2 and _is_float(spec):
-            kind = layer_class(module)
+            if module in known:
+                kind = next((kind for kind in ("Embedding", "Linear") if kind in known[module]), None)
+            else:
+                kind = layer_class(module)
             if kind is not None:
                 matrix = SourceMatrix.whole(StoredTensorSpan.of(spec, files[spec.file]))
                 found[module] = SourceWeight(module, kind, name, matrix)

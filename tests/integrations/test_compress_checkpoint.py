@@ -139,7 +139,7 @@ def test_disagreements_are_told_and_the_architecture_decides(tmp_path: Path) -> 
     group = {"targets": ["Linear"], "weights": {"num_bits": 8, "group_size": 32}}
     with recorded_warnings() as texts:
         compress_checkpoint(tmp_path / "dense", tmp_path / "out", {"config_groups": {"g": group}})
-    assert any("looks like a Linear by its name, and is a Conv1D in the architecture" in text for text in texts)
+    assert any("looks like a Linear by its name, and is of the class Conv1D" in text for text in texts)
     assert any("extra.proj: is no module of the architecture in config.json" in text for text in texts)
     found = read_tensors(tmp_path / "out")
     assert [name for name in found if name.endswith("weight_packed")] == ["extra.proj.weight_packed"]

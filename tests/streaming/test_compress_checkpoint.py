@@ -31,6 +31,7 @@ from compressed_format.errors import (
     UnsupportedFormatError,
 )
 from compressed_format.streaming import units
+from compressed_format.streaming.architecture import Architecture
 from tests.checks import assert_same_bits
 from tests.models import read_tensors, recorded_warnings
 
@@ -393,3 +394,20 @@ def test_scales_of_activations_go_with_the_config_alone(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"quantization_config": config}))
     decompress_checkpoint(folder, tmp_path / "out")
     assert list(read_tensors(tmp_path / "out")) == ["lin.weight"]
+
+
+def test_what_the_architecture_says_of_a_module_decides_over_its_name(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = dense_tensors() | {"a.attn_norm.weight": torch.ones(8, 128), "b.table.weight": torch.ones(8, 128)}
+    folder = saved(tmp_path / "odd", tensors)
+    classes = {"a.attn_norm": ("Linear", "Module"), "b.table": ("Embedding", "Module")}
+    known = Architecture(classes, {}, {}, {}, (), ())
+    monkeypatch.setattr("compressed_format.streaming.targets.architecture_of", lambda source: known)
+    with recorded_warnings() as texts:
+        compress_checkpoint(folder, tmp_path / "out", "W8A8")
+    found = read_tensors(tmp_path / "out")
+    assert found["a.attn_norm.weight"].dtype == torch.int8
+    assert found["b.table.weight"].dtype == torch.float32
+    assert any("a.attn_norm: looks like neither Linear nor Embedding by its name" in text for text in texts)
+    assert any("b.table: looks like a Linear by its name, and is of the class Embedding" in text for text in texts)
