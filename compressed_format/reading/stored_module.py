@@ -62,7 +62,7 @@ class StoredModule:
     @cached_property
     def layout(self) -> WeightLayout:
         """How the weight is stored. Raises :class:`FormatError` if it is not compressed, or contradicts itself."""
-        from compressed_format.reading.layout import layout_of
+        from compressed_format.reading.stored_layout import layout_of
 
         if self.assignment is None:
             message = "is not compressed, as far as the config tells; dense() and raw() read it"
