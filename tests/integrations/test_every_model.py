@@ -6,6 +6,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -227,9 +228,21 @@ def expected_of_peer(kind: str, format: str) -> str:
     return OLDEST.get(format, {}).get(kind, newest)
 
 
+@contextmanager
+def uninitialized_is_nan() -> Iterator[None]:
+    """What is left as memory was when it was allocated may else hold the very weights that another model had there."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def read_by_peer(pair: Pair) -> str:
     try:
-        output = pair.run(type(pair.model).from_pretrained(pair.folder))
+        with uninitialized_is_nan():
+            model = type(pair.model).from_pretrained(pair.folder)
+        output = pair.run(model)
     except (AttributeError, NotImplementedError, RuntimeError):
         return FAILS
     if not output.isfinite().all():
