@@ -15,9 +15,9 @@ from compressed_format.compression.left_dense import left_dense, spared_routers
 from compressed_format.compression.unserved import transposed_layers
 from compressed_format.config import QuantizationConfig, TargetResolution, resolve_targets
 from compressed_format.config.experts import ExpertStack
-from compressed_format.errors import CompressedFormatWarning, TargetError
+from compressed_format.errors import CompressedFormatWarning, Problem, TargetError
 
-__all__ = ["Plan", "PlannedStack", "plan_compression"]
+__all__ = ["Plan", "PlannedStack", "plan_compression", "unscaled_caches"]
 
 
 class PlannedStack(NamedTuple):
@@ -59,14 +59,8 @@ def plan_compression(model: nn.Module, config: QuantizationConfig) -> Plan:
     found = [*told, *resolution.warnings]
     if not resolution.assignments:
         raise TargetError("the config reaches no module of this model, so nothing would be compressed:", found)
-    for problem in found:
+    for problem in (*found, *unscaled_caches(config)):
         warnings.warn(str(problem), CompressedFormatWarning, stacklevel=3)
-    if config.kv_cache_scheme is not None:
-        message = (
-            "kv_cache_scheme: passed on to the saved config, but no k_scale or v_scale is computed; "
-            "runtimes will use a scale of 1"
-        )
-        warnings.warn(message, CompressedFormatWarning, stacklevel=3)
     modules = {name: module for name, module in model.named_modules() if name in resolution.assignments}
     stacks = {
         name: PlannedStack(module, stack, assignments)
@@ -74,3 +68,11 @@ def plan_compression(model: nn.Module, config: QuantizationConfig) -> Plan:
         if (assignments := projection_assignments(name, stack, resolution))
     }
     return Plan(resolution, modules, stacks)
+
+
+def unscaled_caches(config: QuantizationConfig) -> list[Problem]:
+    """What a user should know who asks for a quantized key-value cache: nothing here computes its scales."""
+    if config.kv_cache_scheme is None:
+        return []
+    message = "passed on to the saved config, but no k_scale or v_scale is computed; runtimes will use a scale of 1"
+    return [Problem("kv_cache_scheme", message)]

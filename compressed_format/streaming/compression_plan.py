@@ -27,13 +27,10 @@ from compressed_format.dtypes import torch_dtype
 from compressed_format.errors import CalibrationError, Problem
 from compressed_format.reading.layout import Range, WeightLayout, weight_specs
 from compressed_format.streaming.outputs import OutputTensor
-from compressed_format.streaming.units import CompressRows, CopyRows, Placement, Task, count_values, slab_rows
+from compressed_format.streaming.units import CompressRows, CopyRows, Placement, Task, count_values, unit_ranges
 from compressed_format.streaming.weights import SourceWeight
 
 __all__ = ["Count", "PlannedWeight", "check_weights", "plan_weight", "with_counts"]
-
-_UNIT_BYTES = 64 * 1024 * 1024
-"""Of the source, that one unit reads: much less than workers would quarrel over, much more than a unit costs."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +77,8 @@ class PlannedWeight:
         whole = args is not None and args.strategy is QuantizationStrategy.TENSOR
         if whole or not matrix.can_be_split:
             return [(0, rows)]
-        step = slab_rows(matrix.nbytes // max(rows, 1), 1 if layout is None else layout.row_step, self.device)
-        size = max(_UNIT_BYTES // max(step * (matrix.nbytes // max(rows, 1)), 1), 1) * step
-        return [(top, min(top + size, rows)) for top in range(0, rows, size)] or [(0, 0)]
+        step = 1 if layout is None else layout.row_step
+        return unit_ranges(rows, matrix.nbytes // max(rows, 1), step, self.device) or [(0, 0)]
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from compressed_format.errors import (
 )
 from compressed_format.formats.base import StoredTensor
 from compressed_format.reading import CheckpointReader, StoredModule, open_checkpoint
-from compressed_format.reading.layout import Range, weight_specs
+from compressed_format.reading.layout import weight_specs
 from compressed_format.streaming.engine import run_job
 from compressed_format.streaming.job_builder import JobBuilder, Source
 from compressed_format.streaming.options import (
@@ -39,11 +39,10 @@ from compressed_format.streaming.options import (
 from compressed_format.streaming.outputs import OutputTensor
 from compressed_format.streaming.sources import StoredTensorSpan
 from compressed_format.streaming.targets import architecture_of
-from compressed_format.streaming.units import DecompressRows, Placement, Task, slab_rows
+from compressed_format.streaming.units import DecompressRows, Placement, Task, unit_ranges
 
 __all__ = ["decompress_checkpoint"]
 
-_UNIT_BYTES = 64 * 1024 * 1024
 _OF_ACTIVATIONS = frozenset(
     {f"{end}_{what}" for end in ("input", "output") for what in ("scale", "zero_point", "global_scale")}
 )
@@ -210,8 +209,6 @@ def _tasks(
             for suffix in layout.specs()
         }
     )
-    columns = layout.shape[1] * (DTYPES[output.dtype].bits // 8)
-    step = slab_rows(columns, layout.row_step, device)
-    size = max(_UNIT_BYTES // max(step * columns, 1), 1) * step
-    ranges: list[Range] = [(top, min(top + size, layout.shape[0])) for top in range(0, layout.shape[0], size)]
+    row_bytes = layout.shape[1] * (DTYPES[output.dtype].bits // 8)
+    ranges = unit_ranges(layout.shape[0], row_bytes, layout.row_step, device)
     return [DecompressRows(spans, rows, layout, output.dtype, places[output.name], device) for rows in ranges]

@@ -21,11 +21,10 @@ from compressed_format.reading.reader import CONFIG_IN_METADATA, config_file
 from compressed_format.streaming.job import Job
 from compressed_format.streaming.outputs import OutputTensor, layer_order, place_tensors
 from compressed_format.streaming.sources import SourceFile
-from compressed_format.streaming.units import CopySpan, Placement, Task, TaskUnit
+from compressed_format.streaming.units import UNIT_BYTES, CopySpan, Placement, Task, TaskUnit
 
 __all__ = ["JobBuilder", "Source"]
 
-_UNIT_BYTES = 64 * 1024 * 1024
 _UNIT_TASKS = 256
 _SAMPLES = 8
 _SAMPLE_BYTES = 4096
@@ -134,10 +133,10 @@ class JobBuilder:
                 CopySpan(
                     file,
                     spec.start + done,
-                    min(_UNIT_BYTES, spec.nbytes - done),
+                    min(UNIT_BYTES, spec.nbytes - done),
                     Placement(to.file, to.start + done),
                 )
-                for done in range(0, spec.nbytes, _UNIT_BYTES)
+                for done in range(0, spec.nbytes, UNIT_BYTES)
             ]
 
         self.add([OutputTensor(name, spec.dtype, spec.shape)], tasks)
@@ -197,7 +196,7 @@ class JobBuilder:
 
         for _, tasks in sorted(self._work, key=lambda work: layer_order(work[0])):
             for task in tasks(places):
-                full = size + task.nbytes > _UNIT_BYTES or len(gathered) >= _UNIT_TASKS
+                full = size + task.nbytes > UNIT_BYTES or len(gathered) >= _UNIT_TASKS
                 if gathered and (full or gathered[0].sources != task.sources):
                     close()
                 gathered.append(task)

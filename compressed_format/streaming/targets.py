@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 from compressed_format.checking.plan import LayerShape
 from compressed_format.compression.modules import treatment
+from compressed_format.compression.plan import unscaled_caches
 from compressed_format.config import (
     FORMAT_VERSION,
     QuantizationConfig,
@@ -77,11 +78,7 @@ def plan_targets(source: Source, config: QuantizationConfig, device: str | None)
             for weight in weights:
                 planned[weight.module] = plan_weight(weight, resolution.assignments.get(weight.module), device)
     consumed = {found.weight.tensor for found in planned.values()}
-    if config.kv_cache_scheme is not None:
-        message = (
-            "passed on to the written config, but no k_scale or v_scale is computed; runtimes will use a scale of 1"
-        )
-        told.append(Problem("kv_cache_scheme", message))
+    told += unscaled_caches(config)
     return TargetPlan(
         list(planned.values()),
         frozenset(consumed),

@@ -22,6 +22,7 @@ from compressed_format.reading.layout import Range, WeightLayout
 from compressed_format.streaming.sources import SourceFile, SourceMatrix, StoredTensorSpan
 
 __all__ = [
+    "UNIT_BYTES",
     "CompressRows",
     "CopyRows",
     "CopySpan",
@@ -30,12 +31,14 @@ __all__ = [
     "Task",
     "TaskUnit",
     "count_values",
-    "slab_rows",
+    "unit_ranges",
 ]
 
 _COPY_BYTES = 4 * 1024 * 1024
 _SLAB_BYTES = 2 * 1024 * 1024
 """Of a weight, held at once: what is made of it meanwhile still fits in a core's share of the cache."""
+UNIT_BYTES = 64 * 1024 * 1024
+"""That one unit works on: much less than workers would quarrel over, much more than a unit costs."""
 _DEVICE_SLAB_BYTES = 64 * 1024 * 1024
 
 
@@ -244,6 +247,13 @@ def slab_rows(row_bytes: int, step: int, device: str | None) -> int:
     """How many rows of ``row_bytes`` each are worked on at once: some megabytes, and a multiple of ``step``."""
     size = _SLAB_BYTES if device in (None, "cpu") else _DEVICE_SLAB_BYTES
     return max(size // max(row_bytes, 1) // step, 1) * step
+
+
+def unit_ranges(rows: int, row_bytes: int, step: int, device: str | None) -> list[Range]:
+    """Rows of ``row_bytes`` each in parts that a unit works on: whole slabs, whose rows are multiples of ``step``."""
+    slab = slab_rows(row_bytes, step, device)
+    size = max(UNIT_BYTES // max(slab * row_bytes, 1), 1) * slab
+    return [(top, min(top + size, rows)) for top in range(0, rows, size)]
 
 
 def count_values(

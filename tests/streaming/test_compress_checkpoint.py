@@ -109,8 +109,8 @@ def source(tmp_path: Path) -> Path:
 def small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several slabs to a weight, and several units to a large one."""
     monkeypatch.setattr(units, "_SLAB_BYTES", 8 * 1024)
-    monkeypatch.setattr("compressed_format.streaming.compression_plan._UNIT_BYTES", 16 * 1024)
-    monkeypatch.setattr("compressed_format.streaming.job_builder._UNIT_BYTES", 16 * 1024)
+    monkeypatch.setattr("compressed_format.streaming.units.UNIT_BYTES", 16 * 1024)
+    monkeypatch.setattr("compressed_format.streaming.job_builder.UNIT_BYTES", 16 * 1024)
 
 
 def expected_tensors(tensors: Tensors, config: QuantizationConfig) -> Tensors:
@@ -229,6 +229,14 @@ def test_progress_ends_with_all_bytes(source: Path, tmp_path: Path) -> None:
     )
 
 
+def test_a_weight_of_eight_bits_is_refused_and_not_passed_over(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    saved(tmp_path / "src", {**dense_tensors(), name: torch.zeros(64, 64).to(torch.float8_e4m3fn)})
+    with pytest.raises(QuantizationError, match=r"q_proj: its weight has dtype torch\.float8_e4m3fn"):
+        compress_checkpoint(tmp_path / "src", tmp_path / "out", "W4A16")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("dtype", ["embed", "ties"])
 def test_a_tied_head_without_a_tensor_is_left_alone(dtype: str, tmp_path: Path) -> None:
     folder = saved(tmp_path / "tied", dense_tensors())
@@ -294,7 +302,7 @@ def test_a_source_that_changes_ends_the_job(source: Path, tmp_path: Path) -> Non
         file.write_bytes(file.read_bytes())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("compressed_format.streaming.job_builder._UNIT_BYTES", 1)
+        patch.setattr("compressed_format.streaming.job_builder.UNIT_BYTES", 1)
         with pytest.raises(CheckpointError, match="has changed since the job was planned"):
             compress_checkpoint(source, tmp_path / "out", "W4A16", workers=1, progress=touch)
     assert not (tmp_path / "out").exists()
