@@ -59,6 +59,7 @@ DTYPES_BY_SAFETENSORS_CODE: frozendict[str, DType] = frozendict(
 
 
 @cache
+@cache
 def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of a name such as ``"bfloat16"`` or ``"torch.bfloat16"``.
 

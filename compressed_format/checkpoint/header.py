@@ -119,7 +119,7 @@ def read_header(
     problems: list[Problem] = []
     metadata: dict[str, str] | None = None
     tensors: dict[str, TensorSpec] = {}
-    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # few among many tensors: held once
+    kinds: _Kinds = {}
     beyond, first_beyond = 0, None
     data_start = LENGTH_BYTES + length
     try:
@@ -140,7 +140,7 @@ def read_header(
                     raise ValueError(f"the key {reprlib.repr(name)} occurs twice in one object")
                 if len(tensors) == MAX_TENSORS:
                     raise ValueError(_TOO_MANY)
-                spec = _parse_entry(entry, file, data_start, shapes)
+                spec = _parse_entry(entry, file, data_start, kinds)
                 if isinstance(spec, str):
                     problems.append(Problem(f"{file}: {show_name(name)}", spec))
                     if len(problems) == MOST_PROBLEMS:
@@ -180,13 +180,21 @@ def show_name(name: str) -> str:
 _UNREADABLE = TensorSpec("", (), "", 0, 0)  # in the place of an entry that is wrong, so that its name is known
 
 
-def _parse_entry(
-    entry: Any, file: str, data_start: int, shapes: dict[tuple[int, ...], tuple[int, ...]]
-) -> TensorSpec | str:
-    """The spec of one entry, or what is wrong with it; ``shapes`` are those seen before."""
+_Kinds = dict[tuple[object, ...], tuple[str, tuple[int, ...], int]]
+"""The dtype, shape and bytes of tensors, by the code and shape in their entries: a model's tensors are of few kinds."""
+
+
+def _parse_entry(entry: Any, file: str, data_start: int, kinds: _Kinds) -> TensorSpec | str:
+    """The spec of one entry, or what is wrong with it; ``kinds`` are those seen before."""
     if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
         return f"must be an object with exactly the keys {', '.join(sorted(_ENTRY_KEYS))}"
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    lists = type(code) is str and type(shape) is list and type(offsets) is list and len(offsets) == 2
+    if lists and set(map(type, shape + offsets)) == _INTEGERS and (kind := (code, *shape)) in kinds:
+        name, sizes, nbytes = kinds[kind]
+        start, stop = offsets
+        if 0 <= start <= stop <= _LARGEST_SIZE and stop - start == nbytes:
+            return TensorSpec(name, sizes, file, data_start + start, data_start + stop)
     dtype = DTYPES_BY_SAFETENSORS_CODE.get(code) if isinstance(code, str) else None
     if dtype is None:
         return f"unknown dtype {reprlib.repr(code)}; known are {', '.join(sorted(DTYPES_BY_SAFETENSORS_CODE))}"
@@ -200,7 +208,8 @@ def _parse_entry(
     if size != offsets[1] - offsets[0]:
         return f"shape {reprlib.repr(shape)} of {dtype.name} takes {size} bytes, data_offsets {offsets} span another"
     sizes = tuple(shape)
-    sizes = shapes.setdefault(sizes, sizes)
+    kind = (code, *sizes)
+    kinds[kind] = dtype.name, sizes, size
     return TensorSpec(dtype.name, sizes, file, data_start + offsets[0], data_start + offsets[1])
 
 

@@ -121,7 +121,11 @@ def compressed_successor(
     compressed = blank_successor(module)
     if isinstance(module, nn.Linear):
         CompressedLinear.__init__(
-            cast(CompressedLinear, compressed), *described, sparsity=sparsity, bias=module.bias, dtype=weight.dtype
+            cast(CompressedLinear, compressed),
+            *described,
+            sparsity=sparsity,
+            bias=module._parameters["bias"],
+            dtype=weight.dtype,
         )
     else:
         CompressedEmbedding.__init__(

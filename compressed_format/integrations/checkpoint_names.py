@@ -89,15 +89,19 @@ def model_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
     names = {}
     for name in stored:
         renamed = rename_source_key(name, renamings, [])[0]
-        for place in _prefixed(renamed, prefix):
+        places = _prefixed(renamed, prefix)
+        for place in places:
+            if place in state:
+                continue
             module = place.rpartition(".")[0]
-            stack = place.rsplit(".", 3)[0] if place.count(".") >= 3 else None
-            if f"{module}.weight" in state:
-                state.setdefault(place, state[f"{module}.weight"])
-            elif stack in projections or module in projections:
-                state.setdefault(place, state[next(iter(state))])
-        renamed = rename_source_key(renamed, [], [], prefix, state)[0]  # the renamings are behind it
-        names[name] = _with_projection(renamed, projections)
+            weight = state.get(f"{module}.weight")
+            if weight is not None:
+                state[place] = weight
+            elif projections and (module in projections or _stack_of(place) in projections):
+                state[place] = state[next(iter(state))]
+        if any(place in state for place in places[1:] if place != renamed):
+            renamed = rename_source_key(renamed, [], [], prefix, state)[0]  # the renamings are behind it
+        names[name] = _with_projection(renamed, projections) if projections else renamed
     return names
 
 

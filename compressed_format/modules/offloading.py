@@ -265,7 +265,10 @@ def _store_above(model: nn.Module, name: str) -> tuple[_Store, str] | None:
 
 
 def _store_of(module: nn.Module) -> _Store | None:
-    hook = _offloading(vars(module).get("_hf_hook"))
+    hook = vars(module).get("_hf_hook")
+    if hook is None:
+        return None
+    hook = _offloading(hook)
     return None if hook is None or hook.weights_map is None else _Store(hook.weights_map)
 
 
