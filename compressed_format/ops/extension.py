@@ -1,6 +1,7 @@
 """Finds and loads the native libraries, once. Without one the references run, and :func:`backend_info` says why.
 
-Set ``COMPRESSED_FORMAT_DISABLE_NATIVE=1`` before the first import to run on the references alone.
+Set ``COMPRESSED_FORMAT_DISABLE_NATIVE=1`` before the first import to run on the references alone, or
+``COMPRESSED_FORMAT_ISA`` to one of :data:`INSTRUCTION_SETS` to run the kernels for no more than these instructions.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ from typing import Any
 import torch
 
 import compressed_format
+from compressed_format.errors import ConfigError
 
 __all__ = ["backend_info", "load_libraries", "native_library"]
 
 DISABLE_VARIABLE = "COMPRESSED_FORMAT_DISABLE_NATIVE"
+ISA_VARIABLE = "COMPRESSED_FORMAT_ISA"
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "amx")
+"""From the least to the most; each includes those before it. ``csrc/cpu/isa.cpp`` says what they consist of."""
 LIBRARY_NAME = "libcompressed_format_cpu" + (".dll" if os.name == "nt" else ".so")
 
 
@@ -30,6 +35,7 @@ class Library:
 
     path: Path | None = None
     reason: str | None = None
+    instructions: str | None = None
     kernels: tuple[str, ...] = ()
 
 
@@ -39,7 +45,13 @@ _libraries: dict[str, Library] = {}
 
 
 def load_libraries() -> None:
-    """Load what can be loaded. Called once, by the package ``ops``, after the schemas of all ops are defined."""
+    """Load what can be loaded. Called once, by the package ``ops``, after the schemas of all ops are defined.
+
+    Raises :class:`ConfigError` for a :data:`ISA_VARIABLE` that is none of :data:`INSTRUCTION_SETS`.
+    """
+    wanted = os.environ.get(ISA_VARIABLE)
+    if wanted is not None and wanted not in INSTRUCTION_SETS:
+        raise ConfigError(f"{ISA_VARIABLE} is {wanted!r}; there are {', '.join(INSTRUCTION_SETS)}")
     if "cpu" not in _libraries:
         _libraries["cpu"] = _load(compressed_format.__path__)
 
@@ -60,7 +72,7 @@ def backend_info() -> dict[str, Any]:
         "torch": str(torch.__version__),
         "cpu": {
             "architecture": platform.machine(),
-            "vector instructions": torch.backends.cpu.get_cpu_capability(),
+            "instructions": _libraries["cpu"].instructions,
             "threads": torch.get_num_threads(),
         },
         "libraries": {
@@ -84,12 +96,13 @@ def _load(folders: Iterable[str]) -> Library:
         if _is_cut_short(path):
             return Library(reason=f"cannot be loaded: {path} is cut short")
         torch.ops.load_library(path)
-        kernels = ctypes.CDLL(str(path)).compressed_format_kernels
+        library = ctypes.CDLL(str(path))
+        kernels, instructions = library.compressed_format_kernels, library.compressed_format_isa
     except (OSError, AttributeError) as error:  # AttributeError: a library, but not this one
         # torch wraps the loader's own message, which is the one that says what is wrong with the file.
         return Library(reason=f"cannot be loaded: {error.__cause__ or error}")
-    kernels.restype = ctypes.c_char_p
-    return Library(path=path, kernels=tuple(kernels().decode().splitlines()))
+    kernels.restype = instructions.restype = ctypes.c_char_p
+    return Library(path=path, instructions=instructions().decode(), kernels=tuple(kernels().decode().splitlines()))
 
 
 def _is_cut_short(path: Path) -> bool:

@@ -5,7 +5,7 @@
 #include <memory>
 #include <vector>
 
-#include "cpu/pack.h"
+#include "cpu/pack/pack.h"
 
 using compressed_format::four_bit_words;
 using compressed_format::pack_four_bits;

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 def test_kernel_under_sanitizers(kernel: str, tmp_path: Path) -> None:
     program = tmp_path / kernel
     flags = ["-std=c++20", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    sources = [Path(__file__).with_name(f"{kernel}_driver.cpp"), ROOT / "csrc" / "cpu" / f"{kernel}.cpp"]
+    sources = [Path(__file__).with_name(f"{kernel}_driver.cpp"), ROOT / "csrc" / "cpu" / kernel / f"{kernel}.cpp"]
     compiler = os.environ.get("CXX", "c++")
     subprocess.run([compiler, *flags, "-I", ROOT / "csrc", *sources, "-o", program], check=True)
     finished = subprocess.run([program], capture_output=True, text=True, check=False)

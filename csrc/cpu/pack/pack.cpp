@@ -1,4 +1,4 @@
-#include "pack.h"
+#include "cpu/pack/pack.h"
 
 #include <algorithm>
 #include <bit>

@@ -1,0 +1,17 @@
+// What the library holds, for backend_info(): the level of instructions that it runs, then one kernel a line, the op's
+// name before the colon. The ops themselves are registered by the other files of this folder, which are the only ones
+// that know torch; schemas, fakes, checks and autograd formulas are in compressed_format/ops.
+
+#include "cpu/isa.h"
+
+#if defined(_WIN32)
+#define COMPRESSED_FORMAT_EXPORT extern "C" __declspec(dllexport)
+#else
+#define COMPRESSED_FORMAT_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+COMPRESSED_FORMAT_EXPORT const char* compressed_format_isa() {
+  return compressed_format::isa_name(compressed_format::isa());
+}
+
+COMPRESSED_FORMAT_EXPORT const char* compressed_format_kernels() { return "pack_codes: int8 codes of 4 bits"; }
