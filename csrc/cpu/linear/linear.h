@@ -5,8 +5,10 @@
 // can and says so; what neither takes is left to the reference.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
+#include "cpu/isa.h"
 #include "cpu/weight.h"
 
 namespace compressed_format {
@@ -24,5 +26,25 @@ struct Linear {
 
   void* y = nullptr;  // [tokens, rows], contiguous, of x_type
 };
+
+// How a kernel runs: it prepares x for all threads, in parts that may be made at the same time; then it computes y, in
+// tasks that may run at the same time. What a task computes does not depend on who runs it, or with which others.
+struct LinearKernel {
+  // Whether it takes the problem.
+  bool (*takes)(const Linear& problem);
+
+  // How much memory, at a multiple of 64, the prepared x takes; and in how many parts it can be made.
+  size_t (*prepared_bytes)(const Linear& problem);
+  int64_t (*parts)(const Linear& problem);
+  void (*prepare)(const Linear& problem, void* prepared, int64_t first_part, int64_t last_part);
+
+  // In how many tasks y can be computed, and how many of them are worth a thread of their own.
+  int64_t (*tasks)(const Linear& problem);
+  int64_t (*tasks_per_thread)(const Linear& problem);
+  void (*run)(const Linear& problem, const void* prepared, int64_t first_task, int64_t last_task);
+};
+
+extern const ByIsa<const LinearKernel> few_tokens;
+extern const ByIsa<const LinearKernel> many_tokens;
 
 }  // namespace compressed_format
