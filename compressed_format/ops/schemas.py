@@ -45,6 +45,11 @@ def define_op(
     check: Callable[..., None],
     fake: Callable[..., torch.Tensor],
 ) -> Callable[..., torch.Tensor]:
+    """Register the op ``name`` and its twin, and return what calls it.
+
+    Arguments that it cannot take raise :class:`OpArgumentError` from there, whichever kernel runs.
+    """
+
     def checked(*args: Any) -> torch.Tensor:
         check(*args)
         return definition(*args)
@@ -57,7 +62,18 @@ def define_op(
         library.define(f"{op}({arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(op, checked, "CompositeExplicitAutograd")
         torch.library.register_fake(f"compressed_format::{op}", checked_fake, lib=library)
-    return cast(Callable[..., torch.Tensor], getattr(torch.ops.compressed_format, name).default)
+    op = getattr(torch.ops.compressed_format, name).default
+
+    def call(*args: Any) -> torch.Tensor:
+        try:
+            return cast(torch.Tensor, op(*args))
+        except RuntimeError:
+            # All that native code can raise, and to check first what is right nearly always takes longer than to
+            # multiply: only now find out whether the arguments were wrong, and which.
+            check(*args)
+            raise
+
+    return call
 
 
 def check_weight(
