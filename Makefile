@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# How many processes run tests; each imports torch and takes a gigabyte.
+WORKERS ?= 2
 # Left empty by whoever wants pip's downloads and builds on the screen.
 QUIET ?= --quiet
 
@@ -38,7 +40,7 @@ demo: $(READY)  ## Compress a small language model and let it write
 
 .PHONY: test
 test: $(READY)  ## Run the tests, with coverage
-	$(BIN)/pytest --cov --cov-report=term --cov-fail-under=95
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term --cov-fail-under=95
 
 # Where the tests of reports look for one, too.
 .PHONY: browser
@@ -82,7 +84,8 @@ $(OVERLAY)/.installed: $(READY)
 
 .PHONY: test-oldest-transformers
 test-oldest-transformers: $(OVERLAY)/.installed  ## Run the tests of models once more with the oldest transformers
-	PYTHONPATH=$(OVERLAY) $(BIN)/pytest tests/integrations tests/parallel tests/modules/test_experts.py
+	PYTHONPATH=$(OVERLAY) $(BIN)/pytest -n $(WORKERS) --dist loadfile \
+		tests/integrations tests/parallel tests/modules/test_experts.py
 
 .PHONY: lint
 lint: $(READY)  ## Check the style of the Python files
