@@ -140,16 +140,36 @@ def _rows(weight: torch.Tensor, bitmask: torch.Tensor | None) -> torch.Size:
 # dequantize ----------------------------------------------------------------------------------------------------------
 
 
-def _check_dequantize(*weight: Any) -> None:
+def _check_dequantize(*arguments: Any) -> None:
+    *weight, dtype = arguments if len(arguments) == 10 else (*arguments, None)
     check_weight("dequantize", *weight)
+    if dtype is not None and dtype not in FLOATS:
+        raise OpArgumentError(f"dequantize: dtype must be a float dtype, not {dtype}")
 
 
-def _fake_dequantize(weight: torch.Tensor, scale: Any, zero_point: Any, g_idx: Any, bitmask: Any, *layout: int) -> Any:
-    dtype = weight.dtype if scale is None else scale.dtype
-    return weight.new_empty((*_rows(weight, bitmask), layout[1]), dtype=dtype)
+def _fake_dequantize(
+    weight: torch.Tensor,
+    scale: Any,
+    zero_point: Any,
+    g_idx: Any,
+    bitmask: Any,
+    bits: int,
+    columns: int,
+    block_rows: int,
+    block_columns: int,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    own = weight.dtype if scale is None else scale.dtype
+    return weight.new_empty((*_rows(weight, bitmask), columns), dtype=own if dtype is None else dtype)
 
 
-dequantize = define_op("dequantize", f"{WEIGHT}, {LAYOUT}", reference.dequantize, _check_dequantize, _fake_dequantize)
+dequantize = define_op(
+    "dequantize",
+    f"{WEIGHT}, {LAYOUT}, ScalarType? dtype=None",
+    reference.dequantize,
+    _check_dequantize,
+    _fake_dequantize,
+)
 
 
 # linear --------------------------------------------------------------------------------------------------------------
