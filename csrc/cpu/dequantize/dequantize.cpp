@@ -12,6 +12,8 @@ constexpr ByIsa<UnpackRows> unpack_by_isa COMPRESSED_FORMAT_BY_ISA(unpack_rows);
 }  // namespace
 
 bool can_dequantize(const Weight& weight) {
+  const bool single = weight.block_rows >= weight.rows && weight.scale_columns == 1;
+  if (weight.g_idx != nullptr && weight.block_rows != 1 && !single) return false;
   switch (weight.type) {
     case Codes::packed: case Codes::int8: return weight.scale != nullptr;
     case Codes::float8: return weight.scale != nullptr && weight.zero_points == ZeroPoints::none;

@@ -8,8 +8,8 @@
 
 namespace compressed_format {
 
-// Whether dequantize_rows takes the weight: all but plain values that have scales and float8 codes that have zero
-// points, which no format stores.
+// Whether dequantize_rows takes the weight: all but what no format stores, namely plain values that have scales, float8
+// codes that have zero points, and g_idx where blocks of rows share scales.
 bool can_dequantize(const Weight& weight);
 
 // Rows [first_row, last_row) x columns [first_column, last_column) into `out`, of any alignment, whose rows lie
