@@ -29,8 +29,10 @@ def dequantize(
     block_columns: int,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """The dense weight ``[..., O, columns]``, rounded to the dtype of ``scale`` (of ``weight``, where there is none), and
-    then to ``dtype``, if it is given."""
+    """The dense weight ``[..., O, columns]``, in the dtype of ``scale`` (of ``weight``, where there is none).
+
+    Values are rounded to that, and then to ``dtype`` if it is given.
+    """
     codes = _codes(weight, bitmask, bits, columns)
     if scale is None:
         # An op must not return its own argument.
