@@ -128,14 +128,12 @@ class CompressedModule(nn.Module):
         # In this order: a compiled graph must not depend on what has been checked.
         if not torch.compiler.is_compiling() and self._unchecked is not None:
             check_values_once(self)
-        dense = self._dense_weight(packed)
-        # An exported program would check the operand of a conversion, and could not leave it out.
-        return dense if dense.dtype == dtype else dense.to(dtype)
+        return self._dense_weight(packed, dtype)
 
-    def _dense_weight(self, packed: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
-        """The weight in the dtype of its scales, dequantized from :meth:`_held_tensors`."""
+    def _dense_weight(self, packed: tuple[torch.Tensor | None, ...], dtype: torch.dtype) -> torch.Tensor:
+        """The weight in the dtype of its scales and then in ``dtype``, dequantized from :meth:`_held_tensors`."""
         _refuse_parts(self, packed)
-        return ops.dequantize(*packed, *self._layout)
+        return ops.dequantize(*packed, *self._layout, dtype)
 
     @property
     def _dense_shape(self) -> tuple[int, ...]:

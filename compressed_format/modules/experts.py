@@ -131,9 +131,9 @@ class CompressedExpertLinear(CompressedModule):
         }
         return QuantizedWeight(**stacked)  # type: ignore[arg-type]  # codes there always are
 
-    def _dense_weight(self, packed: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
+    def _dense_weight(self, packed: tuple[torch.Tensor | None, ...], dtype: torch.dtype) -> torch.Tensor:
         slices = (tuple(None if tensor is None else tensor[e] for tensor in packed) for e in range(self.num_experts))
-        return torch.stack([ops.dequantize(*one, *self._layout) for one in slices])
+        return torch.stack([ops.dequantize(*one, *self._layout, dtype) for one in slices])
 
     @property
     def _dense_shape(self) -> tuple[int, ...]:

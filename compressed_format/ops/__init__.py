@@ -6,6 +6,7 @@ from compressed_format.ops.experts import expert_linear
 from compressed_format.ops.extension import backend_info, load_libraries, native_library
 from compressed_format.ops.pack import pack_codes
 from compressed_format.ops.schemas import dequantize, embedding, fake_quantize, linear
+from compressed_format.ops.unpack import unpack_codes
 
 __all__ = [
     "backend_info",
@@ -16,6 +17,7 @@ __all__ = [
     "linear",
     "native_library",
     "pack_codes",
+    "unpack_codes",
 ]
 
 # Only now: a library registers kernels for ops whose schemas the imports above have defined.

@@ -44,10 +44,12 @@ def define_op(
     definition: Callable[..., torch.Tensor],
     check: Callable[..., None],
     fake: Callable[..., torch.Tensor],
+    check_values: Callable[..., None] | None = None,
 ) -> Callable[..., torch.Tensor]:
     """Register the op ``name`` and its twin, and return what calls it.
 
-    Arguments that it cannot take raise :class:`OpArgumentError` from there, whichever kernel runs.
+    Arguments that it cannot take raise :class:`OpArgumentError` from there, whichever kernel runs. ``check_values``
+    raises another error for values that kernels refuse.
     """
 
     def checked(*args: Any) -> torch.Tensor:
@@ -71,6 +73,8 @@ def define_op(
             # All that native code can raise, and to check first what is right nearly always takes longer than to
             # multiply: only now find out whether the arguments were wrong, and which.
             check(*args)
+            if check_values is not None:
+                check_values(*args)
             raise
 
     return call
@@ -140,16 +144,36 @@ def _rows(weight: torch.Tensor, bitmask: torch.Tensor | None) -> torch.Size:
 # dequantize ----------------------------------------------------------------------------------------------------------
 
 
-def _check_dequantize(*weight: Any) -> None:
+def _check_dequantize(*arguments: Any) -> None:
+    *weight, dtype = arguments if len(arguments) == 10 else (*arguments, None)
     check_weight("dequantize", *weight)
+    if dtype is not None and dtype not in FLOATS:
+        raise OpArgumentError(f"dequantize: dtype must be a float dtype, not {dtype}")
 
 
-def _fake_dequantize(weight: torch.Tensor, scale: Any, zero_point: Any, g_idx: Any, bitmask: Any, *layout: int) -> Any:
-    dtype = weight.dtype if scale is None else scale.dtype
-    return weight.new_empty((*_rows(weight, bitmask), layout[1]), dtype=dtype)
+def _fake_dequantize(
+    weight: torch.Tensor,
+    scale: Any,
+    zero_point: Any,
+    g_idx: Any,
+    bitmask: Any,
+    bits: int,
+    columns: int,
+    block_rows: int,
+    block_columns: int,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    own = weight.dtype if scale is None else scale.dtype
+    return weight.new_empty((*_rows(weight, bitmask), columns), dtype=own if dtype is None else dtype)
 
 
-dequantize = define_op("dequantize", f"{WEIGHT}, {LAYOUT}", reference.dequantize, _check_dequantize, _fake_dequantize)
+dequantize = define_op(
+    "dequantize",
+    f"{WEIGHT}, {LAYOUT}, ScalarType? dtype=None",
+    reference.dequantize,
+    _check_dequantize,
+    _fake_dequantize,
+)
 
 
 # linear --------------------------------------------------------------------------------------------------------------
@@ -270,8 +294,20 @@ def _fake_embedding(
     return weight.new_empty((*indices.shape, layout[1]), dtype=dtype)
 
 
+def _check_indices(indices: torch.Tensor, weight: torch.Tensor, *rest: Any) -> None:
+    rows = _rows(weight, rest[3])[0]
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < rows:
+        found = f"{int(indices.min())} to {int(indices.max())}"
+        raise IndexError(f"embedding: index out of range: the table has {rows} rows, and indices are {found}")
+
+
 embedding = define_op(
-    "embedding", f"Tensor indices, {WEIGHT}, {LAYOUT}", reference.embedding, _check_embedding, _fake_embedding
+    "embedding",
+    f"Tensor indices, {WEIGHT}, {LAYOUT}",
+    reference.embedding,
+    _check_embedding,
+    _fake_embedding,
+    _check_indices,
 )
 
 
