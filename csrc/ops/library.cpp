@@ -14,4 +14,7 @@ COMPRESSED_FORMAT_EXPORT const char* compressed_format_isa() {
   return compressed_format::isa_name(compressed_format::isa());
 }
 
-COMPRESSED_FORMAT_EXPORT const char* compressed_format_kernels() { return "pack_codes: int8 codes of 4 bits"; }
+COMPRESSED_FORMAT_EXPORT const char* compressed_format_kernels() { 
+  return "pack_codes: int8 codes of 4 bits\n"
+         "fake_quantize: integers of 1 to 8 bits and E4M3, by tensor, token and group";
+}
