@@ -5,6 +5,7 @@ from __future__ import annotations
 from compressed_format.ops.experts import expert_linear
 from compressed_format.ops.extension import backend_info, load_libraries, native_library
 from compressed_format.ops.pack import pack_codes
+from compressed_format.ops.quantized_linear import quantized_linear
 from compressed_format.ops.schemas import dequantize, embedding, fake_quantize, linear
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "linear",
     "native_library",
     "pack_codes",
+    "quantized_linear",
 ]
 
 # Only now: a library registers kernels for ops whose schemas the imports above have defined.
