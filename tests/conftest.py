@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ from compressed_format import ops
 # Tests bound work, not time: the first call of an op or of the compiler may take seconds.
 settings.register_profile("project", deadline=None, print_blob=True)
 settings.load_profile("project")
+
+# Whoever starts the tests in the background of a script has them and their children ignore Ctrl-C, which some send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

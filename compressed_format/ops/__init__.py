@@ -7,6 +7,7 @@ from compressed_format.ops.extension import backend_info, load_libraries, native
 from compressed_format.ops.pack import pack_codes
 from compressed_format.ops.quantized_linear import quantized_linear
 from compressed_format.ops.schemas import dequantize, embedding, fake_quantize, linear
+from compressed_format.ops.unpack import unpack_codes
 
 __all__ = [
     "backend_info",
@@ -18,6 +19,7 @@ __all__ = [
     "native_library",
     "pack_codes",
     "quantized_linear",
+    "unpack_codes",
 ]
 
 # Only now: a library registers kernels for ops whose schemas the imports above have defined.

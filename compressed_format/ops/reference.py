@@ -27,14 +27,18 @@ def dequantize(
     columns: int,
     block_rows: int,
     block_columns: int,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """The dense weight ``[..., O, columns]``, in the dtype of ``scale`` (of ``weight``, where there is none)."""
+    """The dense weight ``[..., O, columns]``, rounded to the dtype of ``scale`` (of ``weight``, where there is none), and
+    then to ``dtype``, if it is given."""
     codes = _codes(weight, bitmask, bits, columns)
     if scale is None:
         # An op must not return its own argument.
-        return codes.clone(memory_format=torch.contiguous_format) if codes is weight else codes
-    zero_points = _zero_points(zero_point, scale, bits)
-    return dequantize_blocks(codes, scale, zero_points, g_idx, block_rows, block_columns)
+        dense = codes.clone(memory_format=torch.contiguous_format) if codes is weight else codes
+    else:
+        zero_points = _zero_points(zero_point, scale, bits)
+        dense = dequantize_blocks(codes, scale, zero_points, g_idx, block_rows, block_columns)
+    return dense if dtype is None else dense.to(dtype)
 
 
 def linear(

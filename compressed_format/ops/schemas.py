@@ -49,6 +49,11 @@ def define_op(
     check: Callable[..., None],
     fake: Callable[..., torch.Tensor],
 ) -> Callable[..., torch.Tensor]:
+    """Register the op ``name`` and its twin, and return what calls it.
+
+    Arguments that it cannot take raise :class:`OpArgumentError` from there, whichever kernel runs.
+    """
+
     def checked(*args: Any) -> torch.Tensor:
         check(*args)
         return definition(*args)
@@ -61,7 +66,18 @@ def define_op(
         library.define(f"{op}({arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(op, checked, "CompositeExplicitAutograd")
         torch.library.register_fake(f"compressed_format::{op}", checked_fake, lib=library)
-    return cast(Callable[..., torch.Tensor], getattr(torch.ops.compressed_format, name).default)
+    op = getattr(torch.ops.compressed_format, name).default
+
+    def call(*args: Any) -> torch.Tensor:
+        try:
+            return cast(torch.Tensor, op(*args))
+        except RuntimeError:
+            # All that native code can raise, and to check first what is right nearly always takes longer than to
+            # multiply: only now find out whether the arguments were wrong, and which.
+            check(*args)
+            raise
+
+    return call
 
 
 def check_weight(
@@ -128,16 +144,36 @@ def _rows(weight: torch.Tensor, bitmask: torch.Tensor | None) -> torch.Size:
 # dequantize ----------------------------------------------------------------------------------------------------------
 
 
-def _check_dequantize(*weight: Any) -> None:
+def _check_dequantize(*arguments: Any) -> None:
+    *weight, dtype = arguments if len(arguments) == 10 else (*arguments, None)
     check_weight("dequantize", *weight)
+    if dtype is not None and dtype not in FLOATS:
+        raise OpArgumentError(f"dequantize: dtype must be a float dtype, not {dtype}")
 
 
-def _fake_dequantize(weight: torch.Tensor, scale: Any, zero_point: Any, g_idx: Any, bitmask: Any, *layout: int) -> Any:
-    dtype = weight.dtype if scale is None else scale.dtype
-    return weight.new_empty((*_rows(weight, bitmask), layout[1]), dtype=dtype)
+def _fake_dequantize(
+    weight: torch.Tensor,
+    scale: Any,
+    zero_point: Any,
+    g_idx: Any,
+    bitmask: Any,
+    bits: int,
+    columns: int,
+    block_rows: int,
+    block_columns: int,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    own = weight.dtype if scale is None else scale.dtype
+    return weight.new_empty((*_rows(weight, bitmask), columns), dtype=own if dtype is None else dtype)
 
 
-dequantize = define_op("dequantize", f"{WEIGHT}, {LAYOUT}", reference.dequantize, _check_dequantize, _fake_dequantize)
+dequantize = define_op(
+    "dequantize",
+    f"{WEIGHT}, {LAYOUT}, ScalarType? dtype=None",
+    reference.dequantize,
+    _check_dequantize,
+    _fake_dequantize,
+)
 
 
 # linear --------------------------------------------------------------------------------------------------------------
