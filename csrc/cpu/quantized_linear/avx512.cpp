@@ -29,6 +29,13 @@ constexpr int64_t block_steps = 512;
 // Between rows of decoded codes; the rest over a power of two spreads them over the sets of the first-level cache.
 constexpr int64_t decoded_stride = block_steps * 4 + 64;
 
+// _mm512_dpbusd_epi32(sum, codes, x), unsigned times signed. GCC 12 copies the sum before and after that one, and runs
+// out of registers where there are many.
+inline __m512i add_products(__m512i sum, __m512i codes, __m512i x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
+  return sum;
+}
+
 struct Int8 {
   using Sum = int32_t;
   using Vector = __m512i;
@@ -48,7 +55,7 @@ struct Int8 {
   static Vector from_sums(const Sum* sums) { return _mm512_loadu_si512(sums); }
   static void to_sums(Sum* sums, Vector values) { _mm512_storeu_si512(sums, values); }
   static Vector add_product(Vector sum, const char* x, __m512i codes) {
-    return _mm512_dpbusd_epi32(sum, codes, _mm512_loadu_si512(x));
+    return add_products(sum, codes, _mm512_loadu_si512(x));
   }
 
   template <int M>
@@ -57,7 +64,7 @@ struct Int8 {
     for (int token = 0; token < M; ++token) {
       const __m512i values = _mm512_loadu_si512(x + token * x_stride);
       for (int64_t row = 0; row < rows_at_once; ++row) {
-        total[row][token] = _mm512_dpbusd_epi32(total[row][token], raised(codes[row]), values);
+        total[row][token] = add_products(total[row][token], raised(codes[row]), values);
       }
     }
   }
@@ -70,9 +77,9 @@ struct Int8 {
     __m512i total = none();
     const __m512i ones = _mm512_set1_epi8(1);
     int64_t i = 0;
-    for (; i + 64 <= columns; i += 64) total = _mm512_dpbusd_epi32(total, ones, _mm512_loadu_si512(row + i));
+    for (; i + 64 <= columns; i += 64) total = add_products(total, ones, _mm512_loadu_si512(row + i));
     const __mmask64 rest = _bzhi_u64(~0ull, static_cast<unsigned>(columns - i));
-    return sum_of(_mm512_dpbusd_epi32(total, ones, _mm512_maskz_loadu_epi8(rest, row + i)));
+    return sum_of(add_products(total, ones, _mm512_maskz_loadu_epi8(rest, row + i)));
   }
 };
 
