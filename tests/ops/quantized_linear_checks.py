@@ -121,7 +121,7 @@ def check_every_code() -> None:
         input = torch.eye(128, dtype=torch.float32)[:count]
         one, scale = torch.ones(1), torch.ones(1)
         output = ops.quantized_linear(input, one, None, 8, True, True, 0, codes, scale, *[None] * 4, 8, 128, 2, 128)
-        assert output[:, 0].isnan().all() and output[:, 1].isnan().all()  # a row holds its 7f or ff
+        assert output.isnan().all()  # each row holds a 7f or ff
         finite = torch.where(codes.float().isnan(), 0, codes.float())
         given = finite.to(torch.float8_e4m3fn)
         output = ops.quantized_linear(input, one, None, 8, True, True, 0, given, scale, *[None] * 4, 8, 128, 2, 128)
