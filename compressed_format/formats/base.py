@@ -10,9 +10,10 @@ from typing import Protocol
 
 import torch
 
-from compressed_format.config import ActivationOrdering, CompressionFormat, QuantizationArgs
+from compressed_format import ops
+from compressed_format.config import ActivationOrdering, CompressionFormat, QuantizationArgs, QuantizationStrategy
 from compressed_format.errors import FormatError, Problem
-from compressed_format.quantization import QuantizedWeight
+from compressed_format.quantization import QuantizedWeight, block_shape
 from compressed_format.scales import code_range
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "check_tensors",
     "check_zero_point",
     "decode_g_idx",
+    "dense_weight",
     "g_idx_spec",
     "require_args",
 ]
@@ -180,6 +182,25 @@ def decode_g_idx(g_idx: torch.Tensor | None, columns: int, groups: int, place: s
             problems=[Problem(f"{place}.weight_g_idx", f"names groups {found}, expected 0 to {groups - 1}")]
         )
     return g_idx
+
+
+def dense_weight(
+    checked: QuantizedWeight, shape: tuple[int, ...], args: QuantizationArgs | None, dtype: torch.dtype | None
+) -> torch.Tensor:
+    """As :func:`~compressed_format.quantization.dequantize`, by the op: of a weight that a format has checked.
+
+    Its codes may still be packed, in the dense layout.
+    """
+    codes, scale, zero_point = checked.codes, checked.scale, checked.zero_point
+    if scale is None or args is None:
+        return codes if dtype is None else codes.to(dtype)
+    if 0 in shape:  # an empty part of a weight may come with the scales of a block that it lies in
+        return scale.new_empty(shape, dtype=dtype)
+    g_idx = checked.g_idx if args.strategy is QuantizationStrategy.GROUP else None
+    # Kernels take scales that lie together, and a range of columns may have cut them out of longer rows.
+    scale, zero_point = scale.contiguous(), None if zero_point is None else zero_point.contiguous()
+    layout = (args.num_bits, shape[-1], *block_shape(args, shape))
+    return ops.dequantize(codes, scale, zero_point, g_idx, None, *layout, dtype)
 
 
 def _name(dtype: torch.dtype) -> str:

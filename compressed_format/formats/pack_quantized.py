@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from enum import Enum
+from functools import partial
 
 import torch
 
@@ -20,6 +22,7 @@ from compressed_format.formats.base import (
     check_tensors,
     check_zero_point,
     decode_g_idx,
+    dense_weight,
     g_idx_spec,
     require_args,
 )
@@ -154,25 +157,49 @@ class PackQuantized(Format):
     ) -> QuantizedWeight:
         """As :meth:`Format.decode`, of a file whose ``layout`` :func:`pack_layout` has told."""
         args = _require_packable(args)
+        scales = self._checked(tensors, args, place, layout)
+        return replace(scales, codes=_unpack(layout, scales.codes, args.num_bits, stored_shape(tensors, place)[-1]))
+
+    def dense(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        args: QuantizationArgs | None,
+        *,
+        dtype: torch.dtype | None = None,
+        place: str = "",
+        layout: PackLayout = PackLayout.DENSE,
+    ) -> torch.Tensor:
+        """``dequantize(decode(...), args, dtype=dtype)`` in one step, without the codes in between."""
+        args = _require_packable(args)
+        packed = self._checked(tensors, args, place, layout)
         shape = stored_shape(tensors, place)
-        specs = self.tensor_specs(shape, args)
-        bits, columns = args.num_bits, shape[-1]
-        unpack = bitpack.unpack_codes
+        codes = packed.codes
         if layout is PackLayout.WORD_ALIGNED:
-            unpack = bitpack.unpack_word_aligned_codes
-            specs = self.word_aligned_specs(shape, args)
+            codes = _unpack(layout, codes, args.num_bits, shape[-1])
+        return dense_weight(replace(packed, codes=codes), shape, args, dtype)
+
+    def _checked(
+        self, tensors: Mapping[str, torch.Tensor], args: QuantizationArgs, place: str, layout: PackLayout
+    ) -> QuantizedWeight:
+        """The weight once nothing contradicts the format, with ``codes`` still packed."""
+        shape = stored_shape(tensors, place)
+        word_aligned = layout is PackLayout.WORD_ALIGNED
+        specs = self.word_aligned_specs(shape, args) if word_aligned else self.tensor_specs(shape, args)
         specs = _with_unpacked_zero_points(specs, tensors, args)
         check_tensors(tensors, specs, place, optional=("weight_g_idx",))
-        codes = unpack(tensors["weight_packed"], bits, columns)
         scale = tensors["weight_scale"]
         check_scales(scale, f"{place}.weight_scale")
         zero_point = None if args.symmetric else tensors["weight_zero_point"]
         if zero_point is not None and zero_point.dtype == torch.int32:
-            zero_point = _along_rows(unpack, zero_point, bits, scale.shape[-2])
+            zero_point = _along_rows(partial(_unpack, layout), zero_point, args.num_bits, scale.shape[-2])
         elif zero_point is not None:
             check_codes(zero_point, args, f"{place}.weight_zero_point")
-        g_idx = decode_g_idx(tensors.get("weight_g_idx"), columns, scale.shape[-1], place)
-        return QuantizedWeight(codes, scale, zero_point, g_idx=g_idx)
+        g_idx = decode_g_idx(tensors.get("weight_g_idx"), shape[-1], scale.shape[-1], place)
+        return QuantizedWeight(tensors["weight_packed"], scale, zero_point, g_idx=g_idx)
+
+
+def _unpack(layout: PackLayout, packed: torch.Tensor, bits: int, size: int) -> torch.Tensor:
+    return ops.unpack_codes(packed, bits, size, layout is PackLayout.WORD_ALIGNED)
 
 
 def stored_shape(tensors: Mapping[str, torch.Tensor], place: str) -> tuple[int, ...]:

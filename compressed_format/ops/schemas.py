@@ -48,10 +48,12 @@ def define_op(
     definition: Callable[..., torch.Tensor],
     check: Callable[..., None],
     fake: Callable[..., torch.Tensor],
+    check_values: Callable[..., None] | None = None,
 ) -> Callable[..., torch.Tensor]:
     """Register the op ``name`` and its twin, and return what calls it.
 
-    Arguments that it cannot take raise :class:`OpArgumentError` from there, whichever kernel runs.
+    Arguments that it cannot take raise :class:`OpArgumentError` from there, whichever kernel runs. ``check_values``
+    raises another error for values that kernels refuse.
     """
 
     def checked(*args: Any) -> torch.Tensor:
@@ -75,6 +77,8 @@ def define_op(
             # All that native code can raise, and to check first what is right nearly always takes longer than to
             # multiply: only now find out whether the arguments were wrong, and which.
             check(*args)
+            if check_values is not None:
+                check_values(*args)
             raise
 
     return call
@@ -307,8 +311,20 @@ def _fake_embedding(
     return weight.new_empty((*indices.shape, layout[1]), dtype=dtype)
 
 
+def _check_indices(indices: torch.Tensor, weight: torch.Tensor, *rest: Any) -> None:
+    rows = _rows(weight, rest[3])[0]
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < rows:
+        found = f"{int(indices.min())} to {int(indices.max())}"
+        raise IndexError(f"embedding: index out of range: the table has {rows} rows, and indices are {found}")
+
+
 embedding = define_op(
-    "embedding", f"Tensor indices, {WEIGHT}, {LAYOUT}", reference.embedding, _check_embedding, _fake_embedding
+    "embedding",
+    f"Tensor indices, {WEIGHT}, {LAYOUT}",
+    reference.embedding,
+    _check_embedding,
+    _fake_embedding,
+    _check_indices,
 )
 
 

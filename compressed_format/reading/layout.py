@@ -24,7 +24,8 @@ from compressed_format.formats import (
     TensorSpec,
     format_named,
 )
-from compressed_format.quantization import QuantizedWeight, block_shape, dequantize
+from compressed_format.formats.base import dense_weight
+from compressed_format.quantization import QuantizedWeight, block_shape
 
 __all__ = ["Part", "Range", "WeightLayout", "weight_specs"]
 
@@ -182,6 +183,28 @@ class WeightLayout:
 
         Raises :class:`FormatError` for whatever contradicts the format.
         """
+        found = self._of_shape(tensors, shape)
+        format = FORMATS[self.format]
+        if isinstance(format, PackQuantized):
+            return format.decode(found, self.args, place=self.place, layout=self.pack_layout)
+        return format.decode(found, self.args, place=self.place)
+
+    def dense(
+        self, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """What :meth:`decode` yields, dequantized; see :func:`~compressed_format.quantization.dequantize`."""
+        found = self._of_shape(tensors, shape)
+        format = FORMATS[self.format]
+        if isinstance(format, PackQuantized):
+            return format.dense(found, self.args, dtype=dtype, place=self.place, layout=self.pack_layout)
+        return dense_weight(format.decode(found, self.args, place=self.place), shape, self.args, dtype)
+
+    def dequantize(self, quantized: QuantizedWeight, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """What :meth:`decode` has yielded, dense; see :func:`~compressed_format.quantization.dequantize`."""
+        return dense_weight(quantized, tuple(quantized.shape), self.args, dtype)
+
+    def _of_shape(self, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """``tensors`` as the format has them for ``shape``, with those of a sparse weight expanded."""
         found = dict(tensors)
         stored = {suffix: torch.tensor(shape, dtype=torch.int64) for suffix in _SHAPES & found.keys()}
         found.update(stored)
@@ -191,14 +214,7 @@ class WeightLayout:
             sparse = SPARSITY_FORMATS[self.sparsity]
             mask = sparse.checked_mask(found, place=self.place)
             found["weight"] = expand_mask(found["compressed"], mask)
-        format = FORMATS[self.format]
-        if isinstance(format, PackQuantized):
-            return format.decode(found, self.args, place=self.place, layout=self.pack_layout)
-        return format.decode(found, self.args, place=self.place)
-
-    def dequantize(self, quantized: QuantizedWeight, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The dense weight; see :func:`~compressed_format.quantization.dequantize`."""
-        return dequantize(quantized, self.args, dtype=dtype)
+        return found
 
     def widened(self, bounds: Range | None, dim: int) -> Range:
         """The smallest range around ``bounds`` that can be cut out. Raises :class:`FormatError` for bounds outside."""

@@ -81,7 +81,8 @@ class StoredModule:
         tensors that contradict their format.
         """
         part = self._part(rows, groups)
-        quantized, wide = self._decoded(part)
+        tensors, wide = self._tensors_around(part)
+        quantized = self.layout.decode(tensors, _size(wide))
         return self.layout.cropped(quantized, wide, part)
 
     def dense(
@@ -94,8 +95,8 @@ class StoredModule:
         if self.assignment is None:
             return self._stored_dense(rows, groups, dtype)
         part = self._part(rows, groups)
-        quantized, wide = self._decoded(part)
-        dense = self.layout.dequantize(quantized, dtype)
+        tensors, wide = self._tensors_around(part)
+        dense = self.layout.dense(tensors, _size(wide), dtype)
         (first, last), (left, right) = part
         top, start = wide[0][0], wide[1][0]
         return dense[first - top : last - top, left - start : right - start]
@@ -138,8 +139,8 @@ class StoredModule:
             raise FormatError(problems=[Problem(self.name, message)])
         return part, (min(groups[0] * size, layout.shape[1]), min(groups[1] * size, layout.shape[1]))
 
-    def _decoded(self, part: Part) -> tuple[QuantizedWeight, Part]:
-        """The smallest part around ``part`` that can be cut out, decoded, and which one that is."""
+    def _tensors_around(self, part: Part) -> tuple[dict[str, torch.Tensor], Part]:
+        """The tensors of the smallest part around ``part`` that can be cut out, and which one that is."""
         layout = self.layout
         rows, columns = layout.widened(part[0], 0), layout.widened(part[1], 1)
         row_parts, column_parts = layout.rows_of_tensors(rows), layout.columns_of_tensors(columns)
@@ -153,10 +154,15 @@ class StoredModule:
                 tensor = tensor[..., of_columns[0] : of_columns[1]]
             tensors[suffix] = tensor
         layout.cut_values(tensors, rows, lambda first, last: self._tensor("compressed")[max(first, 0) : max(last, 0)])
-        return layout.decode(tensors, (rows[1] - rows[0], columns[1] - columns[0])), (rows, columns)
+        return tensors, (rows, columns)
 
     def _tensor(self, suffix: str) -> torch.Tensor:
         return self._read_torch(self._full(suffix))
 
     def _full(self, suffix: str) -> str:
         return f"{self.name}.{suffix}" if self.name else suffix
+
+
+def _size(part: Part) -> tuple[int, int]:
+    (top, bottom), (left, right) = part
+    return bottom - top, right - left

@@ -234,8 +234,7 @@ class DecompressRows:
             self.layout.cut_values(tensors, rows, self._values)
             if self.device is not None:
                 tensors = {suffix: tensor.to(self.device) for suffix, tensor in tensors.items()}
-            quantized = self.layout.decode(tensors, (rows[1] - rows[0], columns))
-            dense = self.layout.dequantize(quantized, torch_dtype(self.dtype))
+            dense = self.layout.dense(tensors, (rows[1] - rows[0], columns), torch_dtype(self.dtype))
             _write_part(folder, self.to, dense, rows[0])
 
     def _values(self, first: int, last: int) -> torch.Tensor:

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/large_memory.h"
 #include "ops/tensors.h"
 
 namespace compressed_format {
@@ -55,6 +56,7 @@ Tensor dequantize(const Tensor& weight, const std::optional<Tensor>& scale, cons
   Tensor dense = torch::stable::new_empty(weight, {found->rows, columns}, out_dtype);
   char* const out = static_cast<char*>(dense.mutable_data_ptr());
   const int64_t row_bytes = columns * float_bytes(*out_type);
+  expect_writes(out, static_cast<size_t>(found->rows * row_bytes));
   torch::stable::parallel_for(0, found->rows, rows_per_thread(columns), [&](int64_t first, int64_t last) {
     dequantize_rows(*found, first, last, 0, columns, out + first * row_bytes, row_bytes, *out_type);
   });
