@@ -11,14 +11,13 @@ from typing import Any
 import torch
 
 from compressed_format.ops import reference
+from compressed_format.ops.fake_quantize import check_activations, fake_quantize
 from compressed_format.ops.schemas import (
     LAYOUT,
     WEIGHT,
-    check_activations,
     check_linear,
     define_op,
     fake_linear,
-    fake_quantize,
     gradients_of_linear,
     library,
     linear,

@@ -47,7 +47,7 @@ def test_a_linear(case: str) -> None:
     again = through_a_file(program)
     rounds = model[1]._input is not None
     for found in (program, again):
-        assert ops_of(found) == (["fake_quantize", "linear"] if rounds else ["linear"])
+        assert ops_of(found) == (["quantized_linear"] if rounds else ["linear"])
         assert_same_tensors(dict(found.state_dict), model.state_dict())
         for batch in (1, 2, 7):
             assert torch.equal(found.module()(inputs(batch)), model(inputs(batch)))
