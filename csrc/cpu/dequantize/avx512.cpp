@@ -42,7 +42,8 @@ void unpack(const unsigned char* bytes, int bits, int64_t count, int8_t* codes) 
   const __m512i half = _mm512_set1_epi8(static_cast<char>(1 << (bits - 1)));
   for (int64_t i = 0; i < count; i += 64) {
     const int64_t rest = count - i;
-    const __m512i stored = _mm512_maskz_loadu_epi8(first_of_64((smaller(64, rest) * bits + 7) / 8), bytes + i / 8 * bits);
+    const __mmask64 used = first_of_64((smaller(64, rest) * bits + 7) / 8);
+    const __m512i stored = _mm512_maskz_loadu_epi8(used, bytes + i / 8 * bits);
     const __m512i spread = _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(permutation, stored));
     const __m512i values = _mm512_sub_epi8(_mm512_and_si512(spread, mask), half);
     _mm512_mask_storeu_epi8(codes + i, first_of_64(rest), values);
