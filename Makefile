@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# How many processes run tests; each imports torch and takes a gigabyte.
+WORKERS ?= 2
 # Left empty by whoever wants pip's downloads and builds on the screen.
 QUIET ?= --quiet
 
@@ -38,7 +40,7 @@ demo: $(READY)  ## Compress a small language model and let it write
 
 .PHONY: test
 test: $(READY)  ## Run the tests, with coverage
-	$(BIN)/pytest --cov --cov-report=term --cov-fail-under=95
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term --cov-fail-under=95
 
 # Where the tests of reports look for one, too.
 .PHONY: browser
@@ -50,14 +52,23 @@ browser:  ## See to it that there is a browser for the tests of reports
 		echo "the tests of reports need chromium or google-chrome on PATH, or its path in BROWSER_PATH" >&2; exit 1; \
 	fi
 
+.PHONY: emulator
+emulator:  ## See to it that there is an emulator of older processors for make test-long
+	@if command -v qemu-x86_64; then exit 0; fi; \
+	if command -v apt-get >/dev/null && test "$$(id -u)" = 0; then \
+		apt-get update -qq && apt-get install -qq --no-install-recommends qemu-user >/dev/null; \
+	else \
+		echo "make test-long needs qemu-x86_64 on PATH" >&2; exit 1; \
+	fi
+
 .PHONY: test-long
-test-long: $(READY)  ## Run what takes minutes, and test-torch-* for two other torches (downloads gigabytes)
+test-long: $(READY) emulator  ## Run what takes minutes, and test-torch-* for two other torches (downloads gigabytes)
 	$(BIN)/pytest -m long
 	$(MAKE) test-torch-2.11.0 test-torch-2.14.0
 
 .PHONY: test-sanitizers
 test-sanitizers: $(READY)  ## Run the kernels and the hostile checkpoints under the address and undefined behaviour sanitizers
-	$(BIN)/pytest -m long tests/native/test_sanitizers.py tests/hostile/test_sanitized_checkpoints.py
+	$(BIN)/pytest -m long tests/native/test_drivers.py tests/hostile/test_sanitized_checkpoints.py
 
 # The op tests once more under a torch that the library was not built against, with the very library in the wheel.
 # Torch keeps its own choice of setuptools, which differs among its releases.
@@ -82,7 +93,8 @@ $(OVERLAY)/.installed: $(READY)
 
 .PHONY: test-oldest-transformers
 test-oldest-transformers: $(OVERLAY)/.installed  ## Run the tests of models once more with the oldest transformers
-	PYTHONPATH=$(OVERLAY) $(BIN)/pytest tests/integrations tests/parallel tests/modules/test_experts.py
+	PYTHONPATH=$(OVERLAY) $(BIN)/pytest -n $(WORKERS) --dist loadfile \
+		tests/integrations tests/parallel tests/modules/test_experts.py
 
 .PHONY: lint
 lint: $(READY)  ## Check the style of the Python files

@@ -43,7 +43,12 @@ class CompressedLinear(CompressedModule, nn.Linear):  # type: ignore[override]  
         if self._sharding is not None:
             return self._sharding.linear(self, input)
         weight = self._weight_tensors()  # checked before activations are rounded
-        output = ops.linear(self._quantize_input(input), *weight, self._parameters["bias"], *self._layout)
+        parameters = self._parameters
+        if self._input is None:
+            output = ops.linear(input, *weight, parameters["bias"], *self._layout)
+        else:
+            static = parameters.get("input_scale"), parameters.get("input_zero_point")
+            output = ops.quantized_linear(input, *static, *self._input, *weight, parameters["bias"], *self._layout)
         return self._quantize_output(output)
 
     def extra_repr(self) -> str:

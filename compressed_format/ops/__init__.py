@@ -5,6 +5,7 @@ from __future__ import annotations
 from compressed_format.ops.experts import expert_linear
 from compressed_format.ops.extension import backend_info, load_libraries, native_library
 from compressed_format.ops.pack import pack_codes
+from compressed_format.ops.quantized_linear import quantized_linear
 from compressed_format.ops.schemas import dequantize, embedding, fake_quantize, linear
 from compressed_format.ops.unpack import unpack_codes
 
@@ -17,6 +18,7 @@ __all__ = [
     "linear",
     "native_library",
     "pack_codes",
+    "quantized_linear",
     "unpack_codes",
 ]
 

@@ -20,11 +20,15 @@ __all__ = [
     "FLOATS",
     "LAYOUT",
     "WEIGHT",
+    "check_activations",
+    "check_linear",
     "check_weight",
     "define_op",
     "dequantize",
     "embedding",
+    "fake_linear",
     "fake_quantize",
+    "gradients_of_linear",
     "library",
     "linear",
     "refuse_gradients",
@@ -179,7 +183,8 @@ dequantize = define_op(
 # linear --------------------------------------------------------------------------------------------------------------
 
 
-def _check_linear(
+def check_linear(
+    op: str,
     input: torch.Tensor,
     weight: torch.Tensor,
     scale: Any,
@@ -189,19 +194,23 @@ def _check_linear(
     bias: torch.Tensor | None,
     *layout: int,
 ) -> None:
-    check_weight("linear", weight, scale, zero_point, g_idx, bitmask, *layout)
+    check_weight(op, weight, scale, zero_point, g_idx, bitmask, *layout)
     rows = _rows(weight, bitmask)
     if len(rows) != 1:
-        raise OpArgumentError(f"linear: weight must be a matrix, not {len(rows) + 1}-dimensional")
+        raise OpArgumentError(f"{op}: weight must be a matrix, not {len(rows) + 1}-dimensional")
     if input.dtype not in FLOATS:
-        raise OpArgumentError(f"linear: input must have a float dtype, not {input.dtype}")
+        raise OpArgumentError(f"{op}: input must have a float dtype, not {input.dtype}")
     if input.ndim < 1 or input.shape[-1] != layout[1]:
-        raise OpArgumentError(f"linear: input must have {layout[1]} columns, not shape {list(input.shape)}")
+        raise OpArgumentError(f"{op}: input must have {layout[1]} columns, not shape {list(input.shape)}")
     if bias is not None and (tuple(bias.shape) != tuple(rows) or bias.dtype not in FLOATS):
-        raise OpArgumentError(f"linear: bias must be [{rows[0]}] floats, not {bias.dtype} {list(bias.shape)}")
+        raise OpArgumentError(f"{op}: bias must be [{rows[0]}] floats, not {bias.dtype} {list(bias.shape)}")
 
 
-def _fake_linear(
+def _check_linear(*args: Any) -> None:
+    check_linear("linear", *args)
+
+
+def fake_linear(
     input: torch.Tensor,
     weight: torch.Tensor,
     scale: Any,
@@ -219,7 +228,7 @@ linear = define_op(
     f"Tensor input, {WEIGHT}, Tensor? bias, {LAYOUT}",
     reference.linear,
     _check_linear,
-    _fake_linear,
+    fake_linear,
 )
 
 
@@ -241,14 +250,22 @@ def refuse_gradients(op: str, needed: Iterable[bool]) -> None:
         )
 
 
-def _backward_of_linear(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    refuse_gradients("linear", ctx.needs_input_grad[1:6])
+def gradients_of_linear(
+    op: str, ctx: Any, gradient: torch.Tensor, first: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The gradients of input and bias of an op whose weight's tensors begin at argument number ``first``."""
+    refuse_gradients(op, ctx.needs_input_grad[first : first + 5])
     to_input = to_bias = None
     if ctx.needs_input_grad[0]:
         dense = dequantize(*ctx.saved_tensors, *ctx.layout)
         to_input = gradient @ dense.to(gradient.dtype)
-    if ctx.needs_input_grad[6]:
+    if ctx.needs_input_grad[first + 5]:
         to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(dim=0).to(ctx.bias_dtype)
+    return to_input, to_bias
+
+
+def _backward_of_linear(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    to_input, to_bias = gradients_of_linear("linear", ctx, gradient, 1)
     return (to_input, *[None] * 5, to_bias, *[None] * 4)
 
 
@@ -314,7 +331,9 @@ embedding = define_op(
 # fake_quantize -------------------------------------------------------------------------------------------------------
 
 
-def _check_fake_quantize(
+def check_activations(
+    op: str,
+    prefix: str,
     input: torch.Tensor,
     scale: torch.Tensor | None,
     zero_point: torch.Tensor | None,
@@ -323,8 +342,11 @@ def _check_fake_quantize(
     symmetric: bool,
     group_size: int,
 ) -> None:
+    """Raise for arguments that activations cannot be rounded by; ``prefix`` begins their names in the op."""
+
     def fail(argument: str, message: str) -> None:
-        raise OpArgumentError(f"fake_quantize: {argument} {message}")
+        name = argument if argument == "input" else f"{prefix}{argument}"
+        raise OpArgumentError(f"{op}: {name} {message}")
 
     if input.dtype not in FLOATS:
         fail("input", f"must have a float dtype, not {input.dtype}")
@@ -341,6 +363,10 @@ def _check_fake_quantize(
             fail("scale", f"must have shape {' or '.join(dict.fromkeys(map(str, expected)))}, not {list(scale.shape)}")
         if not symmetric and (zero_point is None or zero_point.shape != scale.shape):
             fail("zero_point", f"must have shape {list(scale.shape)} where codes are asymmetric")
+
+
+def _check_fake_quantize(*args: Any) -> None:
+    check_activations("fake_quantize", "", *args)
 
 
 def _fake_fake_quantize(input: torch.Tensor, *rest: Any) -> torch.Tensor:

@@ -114,7 +114,9 @@ def test_a_file_without_suffix_may_be_named_like_no_preset(tmp_path: Path, monke
     assert compress(mlp(), "W8A8")[0].scheme.input_activations is not None
 
 
-@pytest.mark.parametrize("given", [None, 4, 1.5, b"W4A16", ["W4A16"], object(), PRESETS["W4A16"]], ids=repr)
+@pytest.mark.parametrize(
+    "given", [None, 4, 1.5, b"W4A16", ["W4A16"], object(), PRESETS["W4A16"]], ids=lambda given: type(given).__name__
+)
 def test_what_is_no_config(given: Any) -> None:
     error = refused(mlp(), given)
     assert type(error) is ConfigError

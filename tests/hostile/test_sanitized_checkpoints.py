@@ -22,7 +22,11 @@ COMPILER = os.environ.get("CXX", "c++")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the library, built with the sanitizers."""
     folder = tmp_path_factory.mktemp("sanitized")
-    options = ["-DCOMPRESSED_FORMAT_SANITIZE=ON", "-DCMAKE_BUILD_TYPE=None", f"-DPython_EXECUTABLE={sys.executable}"]
+    options = [
+        "-DCOMPRESSED_FORMAT_SANITIZE=address,undefined",
+        "-DCMAKE_BUILD_TYPE=None",
+        f"-DPython_EXECUTABLE={sys.executable}",
+    ]
     cmake = Path(sys.executable).with_name("cmake")
     subprocess.run([cmake, "-S", ROOT / "csrc", "-B", folder, *options], check=True, capture_output=True)
     subprocess.run([cmake, "--build", folder], check=True, capture_output=True)

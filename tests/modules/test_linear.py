@@ -368,8 +368,11 @@ def test_forward_keeps_the_dtype_of_its_input(case: str, dtype: torch.dtype) -> 
     rounded = x if module.scheme is None else fake_quantized(x, module.scheme.input_activations)
     output = module(x)
     assert output.dtype == dtype
-    expected = functional.linear(rounded, module.weight.to(dtype), module.bias.to(dtype))
-    torch.testing.assert_close(output, expected)
+    weight, bias = module.weight.to(dtype).double(), module.bias.to(dtype).double()
+    exact = functional.linear(rounded.double(), weight, bias)
+    # Kernels may round less on the way than torch does: not what activations stand for, nor the weight.
+    magnitude = functional.linear(rounded.double().abs(), weight.abs(), bias.abs())
+    assert ((output.double() - exact).abs() <= 4 * torch.finfo(dtype).eps * magnitude).all()
 
 
 def fake_quantized(x: torch.Tensor, args: QuantizationArgs | None, **static: torch.Tensor) -> torch.Tensor:

@@ -506,8 +506,12 @@ def test_stacks_of_matrices_are_dequantized_only(twin: str) -> None:
     arguments = (weight, scale, None, None, None)
     layout = (4, COLUMNS, 1, COLUMNS)
     input, indices = torch.zeros(2, COLUMNS), torch.tensor([0])
-    raises_alike(called("linear", twin), (input, *arguments, None, *layout), "linear: weight must be a matrix, not 3-dim")
-    raises_alike(called("embedding", twin), (indices, *arguments, *layout), "embedding: weight must be a matrix, not shape")
+    raises_alike(
+        called("linear", twin), (input, *arguments, None, *layout), "linear: weight must be a matrix, not 3-dim"
+    )
+    raises_alike(
+        called("embedding", twin), (indices, *arguments, *layout), "embedding: weight must be a matrix, not shape"
+    )
     assert op("dequantize", twin)(*arguments, *layout).shape == (2, ROWS, COLUMNS)
 
 

@@ -122,10 +122,12 @@ inline F32 maximum(F32 a, F32 b) { return each([&](int i) { return a.v[i] > b.v[
 inline F32 absolute(F32 a) { return each([&](int i) { return float_of_bits(bits_of(a.v[i]) & 0x7fffffffu); }); }
 // a * b + c, rounded once where the processor can (here it is rounded twice): for sums, never for codes or scales.
 inline F32 multiply_add(F32 a, F32 b, F32 c) { return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
-// To a whole number, ties to even. Magnitudes of 2**22 and more do not occur.
+// To a whole number, ties to even, with the sign of what is rounded to zero. Magnitudes of 2**22 and more do not occur.
 inline F32 round_to_even(F32 a) {
   constexpr float magic = 0x1.8p23f;
-  return each([&](int i) { return (a.v[i] + magic) - magic; });
+  return each([&](int i) {
+    return float_of_bits(bits_of((a.v[i] + magic) - magic) | (bits_of(a.v[i]) & 0x80000000u));
+  });
 }
 // To the nearest bfloat16 or float16, and back.
 inline F32 as_bfloat16(F32 a) { return each([&](int i) { return bfloat16_to_float(float_to_bfloat16(a.v[i])); }); }
