@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from frozendict import frozendict
 
+from compressed_format import ops
 from compressed_format.bitmask import expand_mask, unpack_bitmask
 from compressed_format.config import CompressionFormat, QuantizationArgs, QuantizationStrategy
 from compressed_format.errors import FormatError, Problem
@@ -213,7 +214,12 @@ class WeightLayout:
                 found["shape"] = found["shape"].unsqueeze(-1)
             sparse = SPARSITY_FORMATS[self.sparsity]
             mask = sparse.checked_mask(found, place=self.place)
-            found["weight"] = expand_mask(found["compressed"], mask)
+            values = found["compressed"]
+            if values.is_floating_point() and values.dtype != torch.float8_e4m3fn:
+                layout = (8, shape[1], 1, max(shape[1], 1))
+                found["weight"] = ops.dequantize(values, None, None, None, found["bitmask"], *layout)
+            else:  # codes, whose scales are not looked at here
+                found["weight"] = expand_mask(values, mask)
         return found
 
     def widened(self, bounds: Range | None, dim: int) -> Range:

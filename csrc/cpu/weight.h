@@ -53,8 +53,8 @@ struct Weight {
 
   // A bit for each place of a row, [rows, ceil(columns / 8)]; `codes` then holds only those that are set.
   const uint8_t* bitmask = nullptr;
-  // Where each row starts in `codes`, counted in elements, [rows + 1]: the last one is the number of all. Null where rows
-  // keep equally many (2:4), row_bytes apart.
+  // Where each row starts in `codes`, counted in elements, [rows + 1]: the last one is the number of all. Null where
+  // rows keep equally many (2:4), row_bytes apart.
   const int64_t* row_offsets = nullptr;
 };
 

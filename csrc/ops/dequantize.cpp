@@ -5,9 +5,12 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <bit>
+#include <cstring>
 #include <vector>
 
 #include "cpu/large_memory.h"
+#include "cpu/scratch.h"
 #include "ops/tensors.h"
 
 namespace compressed_format {
@@ -16,26 +19,65 @@ namespace {
 // Below this much work, waking the other threads takes longer than what they would save.
 constexpr int64_t values_per_thread = 65536;
 
-int64_t rows_per_thread(int64_t columns) { return std::max<int64_t>(values_per_thread / std::max<int64_t>(columns, 1), 1); }
+int64_t rows_per_thread(int64_t columns) {
+  return std::max<int64_t>(values_per_thread / std::max<int64_t>(columns, 1), 1);
+}
+
+// How many values a row of a sparse weight keeps. Bits beyond the last column mean nothing.
+int64_t kept_by_row(const uint8_t* mask, int64_t columns) {
+  int64_t kept = 0;
+  int64_t i = 0;
+  for (; i + 8 <= columns / 8; i += 8) {
+    uint64_t bits;
+    std::memcpy(&bits, mask + i, sizeof bits);
+    kept += std::popcount(bits);
+  }
+  for (; i < columns / 8; ++i) kept += std::popcount(mask[i]);
+  if (columns % 8 != 0) kept += std::popcount(static_cast<unsigned>(mask[i]) & ((1u << columns % 8) - 1));
+  return kept;
+}
 
 // Whether every row of a 2:4 weight keeps half of its places, so that its values are where kernels look for them. The
 // reference puts values of other masks in one after the other, through all rows, or refuses them.
 bool keeps_half(const Weight& weight) {
   const int64_t mask_bytes = (weight.columns + 7) / 8;
-  // Columns are a multiple of four; the last byte then has four bits that mean nothing, or none.
-  const unsigned last = weight.columns % 8 == 0 ? 0xffu : 0x0fu;
   for (int64_t row = 0; row < weight.rows; ++row) {
-    const uint8_t* const mask = weight.bitmask + row * mask_bytes;
-    int64_t kept = 0;
-    for (int64_t i = 0; i + 1 < mask_bytes; ++i) kept += __builtin_popcount(mask[i]);
-    if (mask_bytes > 0) kept += __builtin_popcount(mask[mask_bytes - 1] & last);
-    if (kept != weight.columns / 2) return false;
+    if (kept_by_row(weight.bitmask + row * mask_bytes, weight.columns) != weight.columns / 2) return false;
   }
   return true;
 }
 
+// Plain values of which rows keep any number, one after the other; where they begin is in this thread's memory for all.
+std::optional<Weight> sparse_values(const WeightArguments& arguments) {
+  const Tensor& values = arguments.weight;
+  const Tensor& bitmask = *arguments.bitmask;
+  const std::optional<Float> type = float_of(values.scalar_type());
+  const int64_t columns = arguments.columns;
+  const bool fits = values.is_cpu() && type.has_value() && values.dim() == 1 && values.is_contiguous() &&
+                    bitmask.is_cpu() && bitmask.scalar_type() == ScalarType::Byte && bitmask.dim() == 2 &&
+                    bitmask.is_contiguous() && columns >= 0 && bitmask.size(1) == columns / 8 + (columns % 8 != 0) &&
+                    !arguments.scale.has_value() && !arguments.zero_point.has_value() && !arguments.g_idx.has_value();
+  if (!fits) return std::nullopt;
+  Weight weight;
+  weight.codes = values.const_data_ptr();
+  weight.type = *type == Float::bfloat16 ? Codes::bfloat16 : *type == Float::float16 ? Codes::float16 : Codes::float32;
+  weight.rows = bitmask.size(0);
+  weight.columns = columns;
+  weight.bitmask = static_cast<const uint8_t*>(bitmask.const_data_ptr());
+  auto* const offsets = static_cast<int64_t*>(
+      scratch(Scratch::for_all_threads, static_cast<size_t>(weight.rows + 1) * sizeof(int64_t)));
+  offsets[0] = 0;
+  for (int64_t row = 0; row < weight.rows; ++row) {
+    offsets[row + 1] = offsets[row] + kept_by_row(weight.bitmask + row * bitmask.size(1), columns);
+  }
+  if (offsets[weight.rows] != values.numel()) return std::nullopt;
+  weight.row_offsets = offsets;
+  return weight;
+}
+
 // The weight, where kernels make it dense as the reference does.
 std::optional<Weight> taken(const WeightArguments& arguments) {
+  if (arguments.bitmask.has_value() && arguments.weight.dim() == 1) return sparse_values(arguments);
   std::optional<Weight> weight = weight_of(arguments);
   if (!weight.has_value() || !can_dequantize(*weight)) return std::nullopt;
   if (weight->bitmask != nullptr && !keeps_half(*weight)) return std::nullopt;
@@ -77,9 +119,10 @@ Tensor embedding(const Tensor& indices, const Tensor& weight, const std::optiona
   const bool wide = indices.scalar_type() == ScalarType::Long;
   const bool are_indices = indices.is_cpu() && (wide || indices.scalar_type() == ScalarType::Int);
   // Of a sparse table, rows are found by what the mask has before them, all of which would have to be checked.
-  const std::optional<Weight> found =
-      bitmask.has_value() ? std::nullopt
-                          : taken({weight, scale, zero_point, g_idx, bitmask, bits, columns, block_rows, block_columns});
+  std::optional<Weight> found;
+  if (!bitmask.has_value()) {
+    found = taken({weight, scale, zero_point, g_idx, bitmask, bits, columns, block_rows, block_columns});
+  }
   const auto reference = [&] {
     return call_op<Tensor>("compressed_format::embedding_reference", indices, weight, scale, zero_point, g_idx, bitmask,
                            bits, columns, block_rows, block_columns);

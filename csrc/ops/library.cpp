@@ -15,7 +15,7 @@ COMPRESSED_FORMAT_EXPORT const char* compressed_format_isa() {
 }
 
 COMPRESSED_FORMAT_EXPORT const char* compressed_format_kernels() {
-  return "dequantize: codes of 1 to 8 bits, int8, float8_e4m3fn, plain and 2:4 values\n"
+  return "dequantize: codes of 1 to 8 bits, int8, float8_e4m3fn, plain, 2:4 and sparse values\n"
          "embedding: codes of 1 to 8 bits, int8, float8_e4m3fn, plain values\n"
          "fake_quantize: integers of 1 to 8 bits and float8_e4m3fn, by tensor, token and group\n"
          "linear: many tokens, weights as for dequantize\n"

@@ -106,7 +106,7 @@ def random_weight(chosen: random.Random) -> tuple[object, ...]:
     elif columns % 4 == 0 and chosen.random() < 0.4:
         # Half of a row's places, mostly anywhere: where they lie within four is not for a kernel to check.
         places = torch.rand(rows, columns).argsort(dim=1) < columns // 2
-        if chosen.random() < 0.1:
+        if chosen.random() < 0.3:
             places = torch.rand(rows, columns) < 0.5
         bitmask = pack_bitmask(places)
         values = weight.view(torch.uint8)[places] if kind == "float8" else weight[places]

@@ -27,22 +27,34 @@ F32 load_float8(const unsigned char* codes, int count) {
   return widen_float8(_mm_maskz_loadu_epi8(first(count), codes));
 }
 
+// For every width: which byte each byte of a register is taken from, and at which bit of its 64 a code begins.
+struct UnpackControl {
+  alignas(64) unsigned char places[9][64];
+  alignas(64) unsigned char shifts[9][64];
+};
+
+constexpr UnpackControl unpack_control = [] {
+  UnpackControl made{};
+  for (int bits = 1; bits <= 8; ++bits) {
+    for (int k = 0; k < 64; ++k) {
+      made.places[bits][k] = static_cast<unsigned char>(k / 8 * bits + k % 8);
+      made.shifts[bits][k] = static_cast<unsigned char>(k % 8 * bits);
+    }
+  }
+  return made;
+}();
+
 // Eight codes fill `bits` bytes: those go into a register's 64 bits, out of which one instruction takes eight times
 // eight bits at any place.
 void unpack(const unsigned char* bytes, int bits, int64_t count, int8_t* codes) {
-  alignas(64) unsigned char places[64];
-  alignas(64) unsigned char shifts[64];
-  for (int k = 0; k < 64; ++k) {
-    places[k] = static_cast<unsigned char>(k / 8 * bits + k % 8);
-    shifts[k] = static_cast<unsigned char>(k % 8 * bits);
-  }
-  const __m512i permutation = _mm512_load_si512(places);
-  const __m512i shift = _mm512_load_si512(shifts);
+  const __m512i permutation = _mm512_load_si512(unpack_control.places[bits]);
+  const __m512i shift = _mm512_load_si512(unpack_control.shifts[bits]);
   const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << bits) - 1));
   const __m512i half = _mm512_set1_epi8(static_cast<char>(1 << (bits - 1)));
   for (int64_t i = 0; i < count; i += 64) {
     const int64_t rest = count - i;
-    const __m512i stored = _mm512_maskz_loadu_epi8(first_of_64((smaller(64, rest) * bits + 7) / 8), bytes + i / 8 * bits);
+    const __mmask64 used = first_of_64((smaller(64, rest) * bits + 7) / 8);
+    const __m512i stored = _mm512_maskz_loadu_epi8(used, bytes + i / 8 * bits);
     const __m512i spread = _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(permutation, stored));
     const __m512i values = _mm512_sub_epi8(_mm512_and_si512(spread, mask), half);
     _mm512_mask_storeu_epi8(codes + i, first_of_64(rest), values);

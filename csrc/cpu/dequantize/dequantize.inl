@@ -98,19 +98,29 @@ inline void scale_codes(const unsigned char* codes, int bits, int64_t count, Sca
   }
 }
 
+inline float float_of(uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Scales come one at a time, where going through a vector would take longer than what is done with them.
 template <Float type>
 inline float scale_at(const Weight& weight, int64_t index) {
   const char* const source = static_cast<const char*>(weight.scale) + index * float_bytes(type);
-  float scale;
-  if constexpr (type == Float::bfloat16) {
+  if constexpr (type == Float::float32) {
+    float scale;
+    __builtin_memcpy(&scale, source, sizeof scale);
+    return scale;
+  } else {
     uint16_t half;
     __builtin_memcpy(&half, source, sizeof half);
-    const uint32_t bits = static_cast<uint32_t>(half) << 16;
-    __builtin_memcpy(&scale, &bits, sizeof scale);
-  } else {
-    store_float32(&scale, load_value<type>(source, 1), 1);
+    if constexpr (type == Float::bfloat16) return float_of(static_cast<uint32_t>(half) << 16);
+    // Exponent and mantissa where a float has them; the difference of the biases is a factor, exact for subnormals too.
+    const float scaled = float_of((half & 0x7fffu) << 13) * 0x1p112f;
+    const float magnitude = (half & 0x7c00u) == 0x7c00u ? float_of(0x7f800000u | (half & 0x3ffu) << 13) : scaled;
+    return (half & 0x8000u) != 0 ? -magnitude : magnitude;
   }
-  return scale;
 }
 
 inline float zero_point_at(const Weight& weight, int64_t row, int64_t group) {
