@@ -19,6 +19,7 @@ COMPRESSED_FORMAT_EXPORT const char* compressed_format_kernels() {
          "embedding: codes of 1 to 8 bits, int8, float8_e4m3fn, plain values\n"
          "fake_quantize: integers of 1 to 8 bits and float8_e4m3fn, by tensor, token and group\n"
          "pack_codes: int8 codes of 4 bits\n"
-         "quantized_linear: int8 with integers of 1 to 8 bits, float8_e4m3fn with itself, by tensor, channel and token\n"
+         "quantized_linear: int8 weights with integers of 1 to 8 bits, float8_e4m3fn with itself; "
+         "by tensor, channel and token\n"
          "unpack_codes: 1 to 8 bits, dense and word-aligned";
 }
