@@ -20,6 +20,7 @@ COMPRESSED_FORMAT_EXPORT const char* compressed_format_kernels() {
          "fake_quantize: integers of 1 to 8 bits and float8_e4m3fn, by tensor, token and group\n"
          "linear: many tokens, weights as for dequantize\n"
          "pack_codes: int8 codes of 4 bits\n"
-         "quantized_linear: int8 with integers of 1 to 8 bits, float8_e4m3fn with itself, by tensor, channel and token\n"
+         "quantized_linear: int8 weights with integers of 1 to 8 bits, float8_e4m3fn with itself; "
+         "by tensor, channel and token\n"
          "unpack_codes: 1 to 8 bits, dense and word-aligned";
 }

@@ -68,8 +68,6 @@ struct Int8 {
       }
     }
   }
-  static Vector add_dot(Vector total, __m512i codes, const char* x) { return add_product(total, x, raised(codes)); }
-  static Vector add(Vector a, Vector b) { return _mm512_add_epi32(a, b); }
   static Sum sum_of(Vector total) { return _mm512_reduce_add_epi32(total); }
 
   template <int M>
@@ -151,11 +149,6 @@ struct Float8 {
       }
     }
   }
-  static Vector add_dot(Vector total, __m512i codes, const char* x) {
-    const Pair values = decode(codes);
-    return add_product(add_product(total, x, values.first), x + 64, values.second);
-  }
-  static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
   static Sum sum_of(Vector total) { return _mm512_reduce_add_ps(total); }
 
   template <int M>
@@ -192,38 +185,13 @@ void dots_of(const char* const* rows, const Weight& weight, const char* x, int64
   }
 }
 
-// One token: row after row, as they lie in memory, which is the order that it is read fastest in.
-template <typename Kind>
-void dots_of_one(const char* const* rows, const Weight& weight, const char* x, typename Kind::Sum* sums) {
-  constexpr int64_t ahead = 4096;
-  for (int64_t row = 0; row < rows_at_once; ++row) {
-    const char* const codes = rows[row];
-    typename Kind::Vector total[4] = {Kind::none(), Kind::none(), Kind::none(), Kind::none()};
-    int64_t i = 0;
-    for (; i + 256 <= weight.columns; i += 256) {
-      for (int64_t part = 0; part < 4; ++part) {
-        const char* const at = codes + i + part * 64;
-        _mm_prefetch(at + ahead, _MM_HINT_T0);
-        total[part] = Kind::add_dot(total[part], _mm512_loadu_si512(at), x + (i + part * 64) * Kind::code_bytes);
-      }
-    }
-    for (; i < weight.columns; i += 64) {
-      const __mmask64 rest = _bzhi_u64(~0ull, static_cast<unsigned>(least(64, weight.columns - i)));
-      total[0] = Kind::add_dot(total[0], _mm512_maskz_loadu_epi8(rest, codes + i), x + i * Kind::code_bytes);
-    }
-    sums[row] = Kind::sum_of(Kind::add(Kind::add(total[0], total[1]), Kind::add(total[2], total[3])));
-  }
-}
-
 template <int M>
 void Int8::dots(const char* const* rows, const Weight& weight, const char* x, int64_t x_stride, Sum* sums) {
-  if constexpr (M == 1) return dots_of_one<Int8>(rows, weight, x, sums);
   dots_of<Int8, M>(rows, weight, x, x_stride, sums);
 }
 
 template <int M>
 void Float8::dots(const char* const* rows, const Weight& weight, const char* x, int64_t x_stride, Sum* sums) {
-  if constexpr (M == 1) return dots_of_one<Float8>(rows, weight, x, sums);
   dots_of<Float8, M>(rows, weight, x, x_stride, sums);
 }
 
