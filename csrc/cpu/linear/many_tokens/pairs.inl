@@ -33,6 +33,8 @@ inline void load_square(const Linear& problem, int64_t first_token, int tokens, 
 
 // Weights of any kind, made bfloat16 as they are.
 struct Pairs {
+  static constexpr int64_t sum_steps = block_steps;  // what y is rounded to hides how sums are
+
   static int64_t steps(const Linear& problem) { return ceil_div(problem.weight->columns, pair_columns); }
   static int64_t panel_steps(const Linear& problem) { return ceil_div(steps(problem), lanes) * lanes; }
   static F32 broadcast_step(const char* weights) { return broadcast_pair(weights); }
@@ -65,6 +67,7 @@ struct Pairs {
 // finds every fourth first, then the one after each of these, and so on; and x is packed in the same order, so that
 // nobody has to undo it.
 struct NibblePairs {
+  static constexpr int64_t sum_steps = block_steps;
   static constexpr int64_t chunk_columns = 128;
   static constexpr int64_t chunk_steps = chunk_columns / pair_columns;
   static constexpr int64_t chunk_bytes = chunk_columns / 2;
