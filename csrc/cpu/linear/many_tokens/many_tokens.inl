@@ -29,11 +29,11 @@ constexpr int strip_panels = 2;
 constexpr int64_t block_steps = 256;
 constexpr int64_t tile_row_bytes = block_steps * step_bytes;
 
-// Rows of a tile, and how many tokens it serves before the next is decoded: tile and sums (100 KB and up to 400 KB) stay
-// in the second level of the cache, and decoding is a small part of the work.
+// Rows of a tile, and how many tokens it serves before the next is decoded: tile and sums (each 100 KB at most) stay in
+// the second level of the cache, and decoding is a small part of the work.
 constexpr int64_t block_rows = 96;
 constexpr int64_t block_strips = block_rows / strip_rows;
-constexpr int64_t block_panels = 1024 / lanes;
+constexpr int64_t block_panels = 256 / lanes;
 static_assert(block_rows % strip_rows == 0 && block_rows % lanes == 0);
 
 inline F32 load_value(Float type, const void* source) {
