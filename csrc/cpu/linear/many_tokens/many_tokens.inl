@@ -29,11 +29,11 @@ constexpr int strip_panels = 2;
 constexpr int64_t block_steps = 256;
 constexpr int64_t tile_row_bytes = block_steps * step_bytes;
 
-// Rows of a tile, and how many tokens it serves before the next is decoded: tile and sums (100 KB and up to 400 KB) stay
-// in the second level of the cache, and decoding is a small part of the work.
+// Rows of a tile, and how many tokens it serves before the next is decoded: tile and sums (each 100 KB at most) stay in
+// the second level of the cache, and decoding is a small part of the work.
 constexpr int64_t block_rows = 96;
 constexpr int64_t block_strips = block_rows / strip_rows;
-constexpr int64_t block_panels = 1024 / lanes;
+constexpr int64_t block_panels = 256 / lanes;
 static_assert(block_rows % strip_rows == 0 && block_rows % lanes == 0);
 
 inline F32 load_value(Float type, const void* source) {
@@ -69,6 +69,9 @@ inline const char* token_of(const Linear& problem, int64_t token) {
 
 // The product in floats, for activations of any type: values that a smaller type holds are exact in it.
 struct Floats {
+  // Each addition to a long sum rounds it, and a sum of short sums errs less than one long sum.
+  static constexpr int64_t sum_steps = 32;
+
   static int64_t steps(const Linear& problem) { return problem.weight->columns; }
   // Whole squares of tokens and steps are transposed into the panels.
   static int64_t panel_steps(const Linear& problem) { return ceil_div(problem.weight->columns, lanes) * lanes; }
@@ -108,10 +111,7 @@ void multiply_strip(const char* weights, const char* x, int64_t panel_bytes, int
 #pragma GCC unroll 2
   for (int panel = 0; panel < panels; ++panel) {
 #pragma GCC unroll 16
-    for (int row = 0; row < strip_rows; ++row) {
-      const char* const source = sums + panel * sums_panel_bytes + row * panel_step_bytes;
-      sum[panel][row] = first ? zero() : load_float32(source);
-    }
+    for (int row = 0; row < strip_rows; ++row) sum[panel][row] = zero();
   }
   for (int64_t step = 0; step < steps; ++step) {
     F32 tokens[panels];
@@ -132,8 +132,19 @@ void multiply_strip(const char* weights, const char* x, int64_t panel_bytes, int
   for (int panel = 0; panel < panels; ++panel) {
 #pragma GCC unroll 16
     for (int row = 0; row < strip_rows; ++row) {
-      store_float32(sums + panel * sums_panel_bytes + row * panel_step_bytes, sum[panel][row]);
+      char* const target = sums + panel * sums_panel_bytes + row * panel_step_bytes;
+      store_float32(target, first ? sum[panel][row] : load_float32(target) + sum[panel][row]);
     }
+  }
+}
+
+// The same for a whole block of steps, of which never more than a product wants are summed in one go.
+template <typename Product, int panels>
+inline void multiply_steps(const char* weights, const char* x, int64_t panel_bytes, int64_t steps, char* sums,
+                           bool first) {
+  for (int64_t step = 0; step < steps; step += Product::sum_steps) {
+    multiply_strip<Product, panels>(weights + step * step_bytes, x + step * panel_step_bytes, panel_bytes,
+                                    smaller(Product::sum_steps, steps - step), sums, first && step == 0);
   }
 }
 
@@ -197,9 +208,9 @@ void multiply_block(const Linear& problem, const char* prepared, int64_t first_r
         const char* const rows = tile + strip * strip_rows * tile_row_bytes;
         char* const target = sums + ((panel - first_panel) * block_rows + strip * strip_rows) * panel_step_bytes;
         if (panel + 1 < last_panel) {
-          multiply_strip<Product, 2>(rows, x, panel_bytes, right - left, target, left == 0);
+          multiply_steps<Product, 2>(rows, x, panel_bytes, right - left, target, left == 0);
         } else {
-          multiply_strip<Product, 1>(rows, x, panel_bytes, right - left, target, left == 0);
+          multiply_steps<Product, 1>(rows, x, panel_bytes, right - left, target, left == 0);
         }
       }
     }

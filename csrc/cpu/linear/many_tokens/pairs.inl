@@ -31,8 +31,22 @@ inline void load_square(const Linear& problem, int64_t first_token, int tokens, 
   }
 }
 
+inline F32 broadcast_value(Float type, const char* source) {
+  if (type == Float::float32) {
+    float value;
+    __builtin_memcpy(&value, source, sizeof value);
+    return broadcast(value);
+  }
+  int16_t half;
+  __builtin_memcpy(&half, source, sizeof half);
+  const __m256i halves = _mm256_set1_epi16(half);
+  return type == Float::bfloat16 ? widen_bfloat16(halves) : F32{_mm512_cvtph_ps(halves)};
+}
+
 // Weights of any kind, made bfloat16 as they are.
 struct Pairs {
+  static constexpr int64_t sum_steps = block_steps;  // what y is rounded to hides how sums are
+
   static int64_t steps(const Linear& problem) { return ceil_div(problem.weight->columns, pair_columns); }
   static int64_t panel_steps(const Linear& problem) { return ceil_div(steps(problem), lanes) * lanes; }
   static F32 broadcast_step(const char* weights) { return broadcast_pair(weights); }
@@ -65,6 +79,7 @@ struct Pairs {
 // finds every fourth first, then the one after each of these, and so on; and x is packed in the same order, so that
 // nobody has to undo it.
 struct NibblePairs {
+  static constexpr int64_t sum_steps = block_steps;
   static constexpr int64_t chunk_columns = 128;
   static constexpr int64_t chunk_steps = chunk_columns / pair_columns;
   static constexpr int64_t chunk_bytes = chunk_columns / 2;
@@ -107,7 +122,7 @@ struct NibblePairs {
   static __m256i values_of(const Weight& weight, int64_t scale_row, int64_t group) {
     const int64_t index = scale_row * weight.scale_columns + group;
     const char* const source = static_cast<const char*>(weight.scale) + index * float_bytes(weight.scale_type);
-    const F32 scale = broadcast(sum(load_value(weight.scale_type, source, 1)));
+    const F32 scale = broadcast_value(weight.scale_type, source);
     int zero_point = 0;
     if (weight.zero_points == ZeroPoints::int8) {
       zero_point = static_cast<const int8_t*>(weight.zero_point)[index];
