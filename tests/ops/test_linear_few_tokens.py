@@ -55,7 +55,8 @@ def errors(x, tensors, bias, layout):
         y = y + bias.double()
     ours = linear(x, *tensors, bias, *layout)
     theirs = torch.nn.functional.linear(x, dense.to(x.dtype), bias)
-    assert ours.shape == theirs.shape and ours.dtype == x.dtype
+    assert ours.shape == theirs.shape
+    assert ours.dtype == x.dtype
     return (ours.double() - y).square().mean().sqrt().item(), (theirs.double() - y).square().mean().sqrt().item()
 
 
@@ -91,7 +92,7 @@ def test_every_number_of_columns(kind):
 
 
 @pytest.mark.parametrize("tokens", range(1, 19))
-def test_every_number_of_tokens_gives_each_token_the_same(tokens):
+def test_every_number_of_tokens(tokens):
     torch.manual_seed(3)
     tensors, layout = weight_of(4, 37, 384, 128, "int8", torch.bfloat16)
     x = torch.randn(16, 384, dtype=torch.bfloat16)
