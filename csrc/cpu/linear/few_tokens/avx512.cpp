@@ -14,7 +14,7 @@ namespace compressed_format {
 namespace {
 
 constexpr int64_t chunk_columns = 64;
-// Beyond, decoding once more for each eight tokens costs more than decoding tiles into the cache.
+// Weights are decoded once for each eight tokens; with more of them, tiles that stay in the cache save that work.
 constexpr int64_t most_tokens = 16;
 // Rows that share loads of x, where a single token leaves registers for them. Tasks are as many rows.
 constexpr int64_t task_rows = 4;
