@@ -18,7 +18,7 @@ COMPRESSED_FORMAT_EXPORT const char* compressed_format_kernels() {
   return "dequantize: codes of 1 to 8 bits, int8, float8_e4m3fn, plain, 2:4 and sparse values\n"
          "embedding: codes of 1 to 8 bits, int8, float8_e4m3fn, plain values\n"
          "fake_quantize: integers of 1 to 8 bits and float8_e4m3fn, by tensor, token and group\n"
-         "linear: many tokens, weights as for dequantize\n"
+         "linear: weights as for dequantize, activations of float32, float16 and bfloat16\n"
          "pack_codes: int8 codes of 4 bits\n"
          "quantized_linear: int8 weights with integers of 1 to 8 bits, float8_e4m3fn with itself; "
          "by tensor, channel and token\n"

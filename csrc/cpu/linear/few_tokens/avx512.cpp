@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t chunk_columns = 64;
 // Weights are decoded once for each eight tokens; with more of them, tiles that stay in the cache save that work.
-constexpr int64_t most_tokens = 16;
+constexpr int64_t most_tokens = 4;
 // Rows that share loads of x, where a single token leaves registers for them. Tasks are as many rows.
 constexpr int64_t task_rows = 4;
 // Less than this much weight is read faster than another thread wakes up.
