@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/large_memory.h"
 #include "ops/tensors.h"
 
 namespace compressed_format {
@@ -32,6 +33,7 @@ Tensor pack_codes(const Tensor& codes, int64_t bits) {
   if (packed.numel() == 0) return packed;
   const auto* const source = static_cast<const int8_t*>(rows.const_data_ptr());
   auto* const target = static_cast<char*>(packed.mutable_data_ptr());
+  expect_writes(target, static_cast<size_t>(packed.numel()) * 4);
   PackRow* const pack = pack_row.get();
   const int64_t parts = (size + codes_per_thread - 1) / codes_per_thread;
   const int64_t parts_per_thread = std::max<int64_t>(codes_per_thread / size, 1);

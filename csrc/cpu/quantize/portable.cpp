@@ -18,6 +18,19 @@ inline void store_float8(void* target, F32 values, int count = lanes) {
   for (int i = 0; i < count; ++i) static_cast<uint8_t*>(target)[i] = to_float8(values.v[i]);
 }
 
+inline F32 nearest_bfloat16(F32 values) { return as_bfloat16(values); }
+
+inline uint16_t largest_half(const char* halves, int64_t count) {
+  int largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    uint16_t bits;
+    std::memcpy(&bits, halves + 2 * i, sizeof bits);
+    const int magnitude = bits & 0x7fff;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return static_cast<uint16_t>(largest);
+}
+
 }  // namespace
 }  // namespace compressed_format
 

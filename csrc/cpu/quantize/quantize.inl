@@ -1,6 +1,8 @@
 // The kernels of quantize.h on vectors of floats. Whoever includes this has included one of cpu/simd/*.h, and defined
-// `void store_float8(void* target, F32 values)`, the same with a count: values within -448 to 448 as the nearest E4M3,
-// ties to even.
+//   `void store_float8(void* target, F32 values)`, the same with a count: values within -448 to 448 as the nearest
+//   E4M3, ties to even;
+//   `F32 nearest_bfloat16(F32 values)`: as_bfloat16, of numbers and infinities only;
+//   `uint16_t largest_half(const char* halves, int64_t count)`: the largest of 16-bit patterns without their signs.
 
 #include "cpu/quantize/quantize.h"
 
@@ -32,7 +34,7 @@ F32 load(const void* source, int count) {
 template <Float type>
 F32 rounded(F32 values) {
   if constexpr (type == Float::bfloat16) {
-    return as_bfloat16(values);
+    return nearest_bfloat16(values);
   } else if constexpr (type == Float::float16) {
     return as_float16(values);
   } else {
@@ -74,6 +76,11 @@ inline void by_lanes(int64_t begin, int64_t end, Whole whole, Part part) {
 // The largest magnitude is all that symmetric scales need.
 template <Float type, bool magnitude>
 Extremes extremes_of(const char* x, int64_t count) {
+  if constexpr (magnitude && type != Float::float32) {
+    // Patterns without signs are ordered as their values, then infinity, then what is not a number.
+    const uint16_t bits = largest_half(x, count);
+    return {0.0f, lane(load<type>(&bits, 1))};
+  }
   // Each of the values times zero: no number as soon as one of them is not finite.
   F32 poison = zero(), least = zero(), greatest = zero();
   const auto take = [&](F32 values) {
