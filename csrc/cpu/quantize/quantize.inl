@@ -42,21 +42,61 @@ F32 rounded(F32 values) {
   }
 }
 
-template <Float type>
-void store_first(void* target, F32 values) {
-  if constexpr (type == Float::bfloat16) {
-    store_bfloat16(target, values, 1);
-  } else if constexpr (type == Float::float16) {
-    store_float16(target, values, 1);
-  } else {
-    store_float32(target, values, 1);
-  }
-}
-
 inline float lane(F32 values) {
   float value;
   store_float32(&value, values, 1);
   return value;
+}
+
+// Single values go without vectors where they can: a masked store is slow, and so is a load of what one has written.
+inline float nearest_bfloat16(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  bits = (bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+template <Float type>
+float rounded(float value) {
+  if constexpr (type == Float::bfloat16) {
+    return nearest_bfloat16(value);
+  } else if constexpr (type == Float::float16) {
+    return lane(as_float16(broadcast(value)));
+  } else {
+    return value;
+  }
+}
+
+template <Float type>
+float load_one(const void* source) {
+  float value;
+  if constexpr (type == Float::bfloat16) {
+    uint16_t half;
+    __builtin_memcpy(&half, source, sizeof half);
+    const uint32_t bits = static_cast<uint32_t>(half) << 16;
+    __builtin_memcpy(&value, &bits, sizeof value);
+  } else if constexpr (type == Float::float16) {
+    value = lane(load_float16(source, 1));
+  } else {
+    __builtin_memcpy(&value, source, sizeof value);
+  }
+  return value;
+}
+
+// A value that is one of the type already.
+template <Float type>
+void store_one(void* target, float value) {
+  if constexpr (type == Float::bfloat16) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, sizeof bits);
+    const auto half = static_cast<uint16_t>(bits >> 16);
+    __builtin_memcpy(target, &half, sizeof half);
+  } else if constexpr (type == Float::float16) {
+    store_float16(target, broadcast(value), 1);
+  } else {
+    __builtin_memcpy(target, &value, sizeof value);
+  }
 }
 
 constexpr float epsilon(Float type) {
@@ -79,7 +119,7 @@ Extremes extremes_of(const char* x, int64_t count) {
   if constexpr (magnitude && type != Float::float32) {
     // Patterns without signs are ordered as their values, then infinity, then what is not a number.
     const uint16_t bits = largest_half(x, count);
-    return {0.0f, lane(load<type>(&bits, 1))};
+    return {0.0f, load_one<type>(&bits)};
   }
   // Each of the values times zero: no number as soon as one of them is not finite.
   F32 poison = zero(), least = zero(), greatest = zero();
@@ -117,23 +157,22 @@ template <Float type>
 void make_scale(const Quantize& problem, Extremes found, int64_t index) {
   void* const scale = static_cast<char*>(problem.scale) + index * bytes_of(type);
   const bool finite = found.greatest - found.greatest == 0.0f && found.least - found.least == 0.0f;
-  if (!finite) return store_first<type>(scale, broadcast(__builtin_nanf("")));
+  if (!finite) return store_one<type>(scale, __builtin_nanf(""));
   if (problem.has_scales) return;
-  const F32 least = broadcast(found.least), greatest = broadcast(found.greatest);
   const float half = static_cast<float>(1 << (problem.bits - 1));
-  F32 step;
+  float step;
   if (problem.symmetric) {
-    step = rounded<type>(greatest / broadcast(problem.is_float ? 448.0f : half - 0.5f));
+    step = rounded<type>(found.greatest / (problem.is_float ? 448.0f : half - 0.5f));
   } else {
-    step = rounded<type>(rounded<type>(greatest - least) / broadcast(2.0f * half - 1.0f));
-    const F32 ratio = rounded<type>(least / step);
-    const F32 raw = rounded<type>(broadcast(-half) - ratio);
-    // Zero divided by zero is no number: zero is then what files hold.
-    const float value = lane(raw);
-    const F32 clamped = minimum(maximum(raw, broadcast(-half)), broadcast(half - 1.0f));
-    problem.zero_point[index] = value == value ? static_cast<int8_t>(lane(round_to_even(clamped))) : 0;
+    step = rounded<type>(rounded<type>(found.greatest - found.least) / (2.0f * half - 1.0f));
+    const float raw = rounded<type>(-half - rounded<type>(found.least / step));
+    const float clamped = raw < -half ? -half : raw > half - 1.0f ? half - 1.0f : raw;
+    constexpr float magic = 0x1.8p23f;  // after which there is no room for fractions
+    // A step of zero for zeros: zero divided by zero is no number, and zero is then what files hold.
+    problem.zero_point[index] =
+        step == 0.0f && found.least == 0.0f ? 0 : static_cast<int8_t>((clamped + magic) - magic);
   }
-  store_first<type>(scale, lane(step) == 0.0f ? broadcast(epsilon(type)) : step);
+  store_one<type>(scale, step == 0.0f ? epsilon(type) : step);
 }
 
 template <Float type, bool is_float, bool has_zero_point>
@@ -182,7 +221,7 @@ void codes_of_columns(const Quantize& problem, int64_t row, int64_t begin, int64
     const int64_t to = block_end < end ? block_end : end;
     const int64_t index = first_scale + block;
     const auto* const scale = static_cast<const char*>(problem.scale) + index * bytes_of(type);
-    codes.scale = broadcast(lane(load<type>(scale, 1)));
+    codes.scale = broadcast(load_one<type>(scale));
     if constexpr (has_zero_point) codes.zero_point = broadcast(static_cast<float>(problem.zero_point[index]));
     by_lanes(
         from, to, [&](int64_t i) { codes.store(target + (i - begin), load<type>(x + i * bytes_of(type))); },
