@@ -16,13 +16,13 @@ SCHEMES = [(bits, False, symmetric) for bits in range(1, 9) for symmetric in (Tr
 
 def assert_same(actual: Quantized, expected: Quantized, case: object) -> None:
     for one, other in zip(actual, expected, strict=True):
-        assert one.dtype == other.dtype and one.shape == other.shape, case
+        assert (one.dtype, one.shape) == (other.dtype, other.shape), case
         assert torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)), case
 
 
 def check_against_the_reference() -> None:
     seed = 0
-    for shape, dtype, scheme in itertools.product([(1, 1), (3, 16), (5, 67), (2, 6, 40), (7, 5000)], DTYPES, SCHEMES):
+    for shape, dtype, scheme in itertools.product([(1, 1), (3, 16), (5, 67), (2, 6, 40), (2, 4200)], DTYPES, SCHEMES):
         rows, columns = shape[-2:]
         for block in ((1, columns), (1, 8), (rows, columns), (4, 16)):
             seed += 1
@@ -60,7 +60,7 @@ def check_values_that_are_not_finite() -> None:
 
 
 def check_packing() -> None:
-    for bits, size in itertools.product(range(1, 9), (1, 7, 8, 31, 64, 67, 200_001)):
+    for bits, size in itertools.product(range(1, 9), (1, 7, 8, 31, 64, 67, 70_001)):
         half = 1 << (bits - 1)
         codes = misaligned(torch.randint(-half, half, (3 if size < 100 else 1, size), dtype=torch.int8))
         assert torch.equal(ops.pack_codes(codes, bits), bitpack.pack_codes(codes.clone(), bits)), (bits, size)
