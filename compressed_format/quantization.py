@@ -34,6 +34,7 @@ __all__ = [
     "from_blocks",
     "group_size_problem",
     "quantize",
+    "quantize_at_once",
     "scale_shape",
     "scales_over_blocks",
     "to_blocks",
@@ -154,10 +155,14 @@ def quantize(
         g_idx = None
     if g_idx is not None:
         _check_groups(g_idx, weight.shape, args, place)
+    if scale is not None:
+        _check_given_scales(weight, args, scale, zero_point, place)
+    made = None if g_idx is not None else quantize_at_once(weight, args, scale, zero_point)
+    if made is not None:
+        return QuantizedWeight(*made)
     if scale is None:
         scale, zero_point = weight_scales(weight, args, g_idx=g_idx, place=place)
     else:
-        _check_given_scales(weight, args, scale, zero_point, place)
         if not torch.isfinite(weight).all():
             raise _not_finite(weight, place)
     rows, columns = (1, 1) if g_idx is not None else block_shape(args, weight.shape)
@@ -168,6 +173,27 @@ def quantize(
         ratio = ratio + 0.0  # the zero point of files that exist, for which -0.0, of pruned weights, is the code 0
     codes = round_to_codes(ratio, *code_range(args), codes_dtype.is_floating_point).to(codes_dtype)
     return QuantizedWeight(from_blocks(codes, weight.shape), scale, zero_point, g_idx=g_idx)
+
+
+def quantize_at_once(
+    weight: torch.Tensor,
+    args: QuantizationArgs,
+    scale: torch.Tensor | None = None,
+    zero_point: torch.Tensor | None = None,
+    *,
+    pack: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+    """Codes, scale and zero point by the op that native kernels run; with ``pack``, packed words instead of codes.
+
+    None where :func:`quantize` has more to do or something to refuse: scales from an observer of errors, dtypes that
+    kernels do not know, values or scales that are not finite.
+    """
+    from compressed_format.ops.quantize import quantize_weight  # which is defined by what is in this module
+
+    fits_codes = weight.ndim >= 2 and weight.numel() > 0
+    if not fits_codes or (scale is None and args.observer not in _EXTREMES):
+        return None
+    return quantize_weight(weight, args, scale, zero_point, pack=pack)
 
 
 def dequantize(

@@ -6,6 +6,7 @@ import torch
 
 from compressed_format.config import Assignment, CompressionFormat
 from compressed_format.formats import SPARSITY_FORMATS, format_named, prune_2_of_4
+from compressed_format.formats.pack_quantized import PackQuantized
 from compressed_format.quantization import QuantizedWeight, quantize
 
 __all__ = ["compressed_tensors"]
@@ -27,6 +28,11 @@ def compressed_tensors(
     args = None if assignment.scheme is None else assignment.scheme.weights
     if sparsity is CompressionFormat.SPARSE_24_BITMASK:
         weight = prune_2_of_4(weight, place=place)
+    packs = assignment.format is CompressionFormat.PACK_QUANTIZED and sparsity is None
+    if args is not None and packs and scales is None:
+        packed = PackQuantized().encode_weight(weight, args)
+        if packed is not None:
+            return packed
     if args is None:
         quantized = QuantizedWeight(weight)
     else:

@@ -26,7 +26,7 @@ from compressed_format.formats.base import (
     g_idx_spec,
     require_args,
 )
-from compressed_format.quantization import QuantizedWeight, scale_shape
+from compressed_format.quantization import QuantizedWeight, quantize_at_once, scale_shape
 from compressed_format.scales import zero_point_dtype
 
 __all__ = ["PackLayout", "PackQuantized", "pack_layout"]
@@ -130,21 +130,48 @@ class PackQuantized(Format):
         check_codes(codes, args, f"{place}.weight")
         if scale is None:
             raise FormatError(problems=[Problem(f"{place}.weight_scale", "is missing")])
-        tensors = {
-            "weight_packed": ops.pack_codes(codes, args.num_bits),
-            "weight_scale": scale,
-            "weight_shape": torch.tensor(codes.shape, dtype=torch.int64, device=codes.device),
-        }
         if zero_point is not None:
             check_codes(zero_point, args, f"{place}.weight_zero_point")
-            if self.packs_zero_points(args):
-                zero_point = _along_rows(ops.pack_codes, zero_point, args.num_bits)
-            tensors["weight_zero_point"] = zero_point
+        packed = ops.pack_codes(codes, args.num_bits)
+        tensors = self._tensors(packed, tuple(codes.shape), scale, zero_point, args)
         if quantized.g_idx is not None:
             tensors["weight_g_idx"] = quantized.g_idx
         check_tensors(tensors, self.tensor_specs(tuple(codes.shape), args), place, optional=("weight_g_idx",))
         check_scales(scale, f"{place}.weight_scale")
         decode_g_idx(quantized.g_idx, codes.shape[-1], scale.shape[-1], place)
+        return tensors
+
+    def encode_weight(
+        self,
+        weight: torch.Tensor,
+        args: QuantizationArgs,
+    ) -> dict[str, torch.Tensor] | None:
+        """What :meth:`encode` makes of the quantized ``weight``, straight from its values; None where that is for
+        ``quantize`` and :meth:`encode` to do, or to refuse. Nothing is left to check in what was just made."""
+        unusual = args.type is not QuantizationType.INT or args.scale_dtype is not None
+        group_size = args.group_size if args.strategy is QuantizationStrategy.GROUP else None
+        if unusual or not 1 <= args.num_bits <= 8 or (group_size and weight.shape[-1] % group_size):
+            return None
+        made = quantize_at_once(weight, args, pack=True)
+        return None if made is None else self._tensors(made[0], tuple(weight.shape), made[1], made[2], args)
+
+    def _tensors(
+        self,
+        packed: torch.Tensor,
+        shape: tuple[int, ...],
+        scale: torch.Tensor,
+        zero_point: torch.Tensor | None,
+        args: QuantizationArgs,
+    ) -> dict[str, torch.Tensor]:
+        tensors = {
+            "weight_packed": packed,
+            "weight_scale": scale,
+            "weight_shape": torch.tensor(shape, dtype=torch.int64, device=packed.device),
+        }
+        if zero_point is not None:
+            if self.packs_zero_points(args):
+                zero_point = _along_rows(ops.pack_codes, zero_point, args.num_bits)
+            tensors["weight_zero_point"] = zero_point
         return tensors
 
     def decode(

@@ -6,6 +6,7 @@ from compressed_format.ops.experts import expert_linear
 from compressed_format.ops.extension import backend_info, load_libraries, native_library
 from compressed_format.ops.fake_quantize import fake_quantize
 from compressed_format.ops.pack import pack_codes
+from compressed_format.ops.quantize import quantize
 from compressed_format.ops.quantized_linear import quantized_linear
 from compressed_format.ops.schemas import dequantize, embedding, linear
 from compressed_format.ops.unpack import unpack_codes
@@ -19,6 +20,7 @@ __all__ = [
     "linear",
     "native_library",
     "pack_codes",
+    "quantize",
     "quantized_linear",
     "unpack_codes",
 ]

@@ -3,22 +3,20 @@
 
 #include <cstdint>
 
+#include "cpu/isa.h"
+
 namespace compressed_format {
 
-enum class PackKernel {
-  none,       // nothing here packs this: the reference has to
-  four_bits,  // eight codes a word, none of which straddles two
-};
+// How many words a row of `size` codes takes. Sizes are those of memory: eight times them is no overflow.
+constexpr int64_t packed_words(int64_t size, int bits) { return (size * bits + 31) / 32; }
 
-// Which kernel packs codes of this width. Nothing but the problem decides.
-PackKernel select_pack_kernel(int64_t bits);
+// How many codes fill whole words at any width: rows may be cut there and packed in parts.
+constexpr int64_t codes_per_cut = 32;
 
-// How many words a row of `size` codes takes at four bits.
-constexpr int64_t four_bit_words(int64_t size) { return size / 8 + (size % 8 != 0); }
+// Packs `count` codes of 1 to 8 bits into the bytes of a row, of which there are `bytes`, no less than the codes take;
+// those beyond them become zero. Pointers may have any alignment. Bits of a code beyond its width are dropped.
+using PackRow = void(const int8_t* codes, int64_t count, int bits, void* packed, int64_t bytes);
 
-// Packs words [first, last) of a matrix with rows of `size` codes each; words are counted through all rows, so that
-// callers may split the work anywhere, in one long row as well as in many short ones. `codes` and `words` point to the
-// beginning of the whole matrix and may have any alignment. A code's bits beyond the low four are dropped.
-void pack_four_bits(const int8_t* codes, int64_t size, void* words, int64_t first, int64_t last);
+extern const ByIsa<PackRow> pack_row;
 
 }  // namespace compressed_format
