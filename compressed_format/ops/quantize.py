@@ -38,7 +38,12 @@ def quantize(
 ) -> Quantized:
     """Codes, scale and zero point (of no elements where symmetric) of ``weight`` ``[..., O, I]``."""
     arguments = (weight, scale, zero_point, bits, is_float, symmetric, block_rows, block_columns, pack)
-    return cast(Quantized, torch.ops.compressed_format.quantize.default(*arguments))
+    try:
+        return cast(Quantized, torch.ops.compressed_format.quantize.default(*arguments))
+    except RuntimeError:
+        # All that native code can raise: only now find out whether the arguments were wrong, and which.
+        _check(*arguments)
+        raise
 
 
 def quantize_weight(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 import torch
 
 from compressed_format import bitpack, ops
+from compressed_format.errors import OpArgumentError
 from compressed_format.ops.quantize import Quantized
 from tests.ops.activation_checks import DTYPES, misaligned, values
 
@@ -66,7 +68,20 @@ def check_packing() -> None:
         assert torch.equal(ops.pack_codes(codes, bits), bitpack.pack_codes(codes.clone(), bits)), (bits, size)
 
 
+def check_bad_arguments() -> None:
+    weight = torch.zeros(4, 64)
+    for argument, bad in (
+        ("bits", (weight, None, None, 9, False, True, 1, 32, True)),
+        ("weight", (weight.double(), None, None, 4, False, True, 1, 32, True)),
+        ("scale", (weight, weight, None, 4, False, True, 1, 32, True)),
+        ("zero_point", (weight, weight[:, :2], None, 4, False, False, 1, 32, True)),
+    ):
+        with pytest.raises(OpArgumentError, match=f"quantize: {argument} must"):
+            ops.quantize(*bad)
+
+
 if __name__ == "__main__":
+    check_bad_arguments()
     check_against_the_reference()
     check_parts_and_threads()
     check_values_that_are_not_finite()
