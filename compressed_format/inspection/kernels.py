@@ -13,8 +13,8 @@ __all__ = ["OPS_WITH_KERNELS", "REFERENCE", "Kernel", "KernelProblem", "kernel_f
 REFERENCE = "reference"
 """The name of what is no kernel: an op's definition in plain torch."""
 
-OPS_WITH_KERNELS: frozenset[str] = frozenset()
-"""The ops that run modules and for which :func:`kernel_for` knows when their kernels are chosen. None has any yet."""
+OPS_WITH_KERNELS: frozenset[str] = frozenset({"embedding", "fake_quantize"})
+"""The ops that run modules and for which :func:`kernel_for` knows when their kernels are chosen."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,16 @@ def kernel_for(problem: KernelProblem, backend: Mapping[str, Any], *, device: st
     """What would run ``problem`` on ``device`` of a machine that :func:`~compressed_format.ops.backend_info` describes.
 
     The one place to extend when an op gets kernels: add it to :data:`OPS_WITH_KERNELS`, and say here for which
-    problems which of them is chosen, as the op's ``select_*_kernel`` does.
+    problems which of them is chosen, as ``csrc/ops`` does.
     """
     library = backend["libraries"].get(device)
     if library is None:
         reason = f"there is no native library for {device}"
     elif library["path"] is None:
         reason = f"the native library is not in use: {library['reason']}"
+    elif problem.op in OPS_WITH_KERNELS and problem.op in backend["kernels"] and problem.sparsity is None:
+        kernels = ", ".join(backend["kernels"][problem.op])
+        return Kernel(problem.op, device, backend["cpu"]["instructions"], kernels)
     else:
         reason = "this release has no native kernel for it"
     return Kernel(problem.op, device, REFERENCE, reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +309,18 @@ def test_no_kernel_is_claimed_that_does_not_exist(library: dict[str, str | None]
     kernel = kernel_for(PROBLEM, backend)
     assert (kernel.op, kernel.device, kernel.name, kernel.reason) == ("linear", "cpu", REFERENCE, reason)
     assert "no native library for cuda" in kernel_for(PROBLEM, backend, device="cuda").reason
+
+
+def test_a_kernel_that_exists_goes_by_its_instructions() -> None:
+    backend = {
+        "libraries": {"cpu": {"path": "/x.so", "reason": None}},
+        "kernels": {"embedding": ["cpu: some codes"]},
+        "cpu": {"instructions": "avx2"},
+    }
+    kernel = kernel_for(replace(PROBLEM, op="embedding"), backend)
+    assert (kernel.name, kernel.reason) == ("avx2", "cpu: some codes")
+    sparse = replace(PROBLEM, op="embedding", sparsity=CompressionFormat.SPARSE_BITMASK)
+    assert kernel_for(sparse, backend).name == REFERENCE
 
 
 def test_the_kernels_of_every_op_are_known() -> None:

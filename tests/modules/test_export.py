@@ -78,7 +78,7 @@ def test_modules_in_modules_one_of_which_occurs_twice(strict: bool) -> None:
 def test_decompositions_leave_the_ops_alone(case: str) -> None:
     model = nn.Sequential(linear_of(case)).eval()
     program = exported(model, inputs(3)).run_decompositions()
-    assert "linear" in ops_of(program)
+    assert ops_of(program) in (["linear"], ["quantized_linear"])
     assert torch.equal(program.module()(inputs(4)), model(inputs(4)))
 
 
@@ -116,7 +116,8 @@ LLAMAS: dict[str, Any] = {
 def test_a_language_model(name: str) -> None:
     model = Logits(compressed_llama(LLAMAS[name]))
     again = through_a_file(exported(model, token_ids()))
-    assert ops_of(again).count("linear") == (15 if name == "everything" else 14)
+    op = "quantized_linear" if name in ("W8A8", "FP8_DYNAMIC", "FP8_BLOCK") else "linear"
+    assert ops_of(again).count(op) == (15 if name == "everything" else 14)
     assert ops_of(again).count("embedding") == (1 if name == "everything" else 0)
     assert_same_tensors(dict(again.state_dict), dict(model.state_dict()))
     ids = token_ids().flip(1).repeat(2, 1)[:3]
