@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 __all__ = ["Bar", "Report"]
 
@@ -33,12 +36,17 @@ class Bar:
         return f"{'<=' if self.at_most else '>='} {self.bound:g} {self.unit} {self.what}"
 
 
+BUSY = 0.05
+"""Of the processors' time: if other processes take more than this, the figures are theirs, too."""
+
+
 @dataclass
 class Report:
     """Prints what is measured as it comes, and at the end all bars in one table, which Markdown can show."""
 
     title: str
     bars: list[Bar] = field(default_factory=list)
+    begin: tuple[float, float, float] = field(default_factory=lambda: processor_seconds())
 
     def line(self, text: str) -> None:
         print(text, flush=True)
@@ -51,6 +59,9 @@ class Report:
     def finish(self) -> None:
         if not self.bars:
             return
+        busy = share_of_others(self.begin, processor_seconds())
+        if busy > BUSY:
+            self.line(f"\nOther processes took {busy:.0%} of the processors' time: these figures are disturbed.")
         met = sum(bar.met for bar in self.bars)
         rows = [("work", "bar", "measured", "")]
         rows += [(bar.work, bar.wanted, f"{bar.value:.2f} {bar.unit}".strip(), bar.verdict) for bar in self.bars]
@@ -61,3 +72,23 @@ class Report:
             self.line(f"| {' | '.join(cells)} |")
             if number == 0:
                 self.line(f"|{'|'.join('-' * (width + 2) for width in widths)}|")
+
+
+def processor_seconds() -> tuple[float, float, float]:
+    """Since some time: of all processors together, in work; of this process and those it has waited for; and passed."""
+    times = os.times()
+    own = times.user + times.system + times.children_user + times.children_system
+    stat = Path("/proc/stat")
+    if not stat.is_file():
+        return own, own, time.perf_counter()
+    user, nice, system, _idle, _waiting, interrupts, soft_interrupts, stolen = map(
+        int, stat.read_text().split(maxsplit=9)[1:9]
+    )
+    work = user + nice + system + interrupts + soft_interrupts + stolen
+    return work / os.sysconf("SC_CLK_TCK"), own, time.perf_counter()
+
+
+def share_of_others(begin: tuple[float, float, float], end: tuple[float, float, float]) -> float:
+    """What other processes took of all processors' time between the two."""
+    work, own, passed = (after - before for before, after in zip(begin, end, strict=True))
+    return (work - own) / (passed * (os.cpu_count() or 1))
