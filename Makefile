@@ -2,8 +2,9 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# How many processes run tests; each imports torch and takes a gigabyte.
+# How many processes run tests; each imports torch and takes a gigabyte. One that a test has ended is replaced once.
 WORKERS ?= 2
+IN_PARALLEL := -n $(WORKERS) --dist loadfile --max-worker-restart 1
 # Left empty by whoever wants pip's downloads and builds on the screen.
 QUIET ?= --quiet
 
@@ -40,7 +41,7 @@ demo: $(READY)  ## Compress a small language model and let it write
 
 .PHONY: test
 test: $(READY)  ## Run the tests, with coverage
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term --cov-fail-under=95
+	$(BIN)/pytest $(IN_PARALLEL) --cov --cov-report=term --cov-fail-under=95
 
 # Where the tests of reports look for one, too.
 .PHONY: browser
@@ -93,7 +94,7 @@ $(OVERLAY)/.installed: $(READY)
 
 .PHONY: test-oldest-transformers
 test-oldest-transformers: $(OVERLAY)/.installed  ## Run the tests of models once more with the oldest transformers
-	PYTHONPATH=$(OVERLAY) $(BIN)/pytest -n $(WORKERS) --dist loadfile \
+	PYTHONPATH=$(OVERLAY) $(BIN)/pytest $(IN_PARALLEL) \
 		tests/integrations tests/parallel tests/modules/test_experts.py
 
 .PHONY: lint
