@@ -98,8 +98,17 @@ def _fake_linear(input: torch.Tensor, experts: torch.Tensor, *rest: Any) -> torc
     return input.new_empty((*experts.shape, _out_features(rest[:5])))
 
 
+def _check_routes(input: torch.Tensor, experts: torch.Tensor, weight: torch.Tensor, *rest: Any) -> None:
+    _routed("expert_linear", experts, weight.shape[0])
+
+
 expert_linear = define_op(
-    "expert_linear", f"Tensor input, Tensor experts, {WEIGHT}, {LAYOUT}", _linear, _check_linear, _fake_linear
+    "expert_linear",
+    f"Tensor input, Tensor experts, {WEIGHT}, {LAYOUT}",
+    _linear,
+    _check_linear,
+    _fake_linear,
+    _check_routes,
 )
 
 
