@@ -44,9 +44,8 @@ struct ExpertJob {
   // What has to be done of each step: rows of x to copy, parts to prepare, tasks, rows of y to copy.
   int64_t rows_to_gather = 0;
   int64_t parts = 0;
-  int64_t work = 0;  // task_work for each task, so that threads get equally much
+  int64_t tasks = 0;
   int64_t rows_to_scatter = 0;
-  int64_t task_work = 1;
 
   // Memory for its batch, and where in it: copied rows of x, those of y, the prepared x.
   size_t bytes = 0;
@@ -62,8 +61,6 @@ constexpr int64_t most_tokens_of_job = 1024;
 constexpr size_t most_bytes_of_batch = size_t{32} << 20;
 // Below this much to copy or to prepare, waking another thread takes longer than what it would save.
 constexpr int64_t bytes_per_thread = 64 * 1024;
-// Reading and decoding a weight takes about as long as multiplying it with so many tokens.
-constexpr int64_t tokens_worth_reading = 4;
 
 inline size_t aligned_bytes(int64_t bytes) { return (static_cast<size_t>(bytes) + 63) / 64 * 64; }
 
@@ -92,10 +89,7 @@ void plan_job(Job& job, const ExpertRows& rows, int64_t slots) {
   if (job.rows_to_scatter == 0) job.problem.y = rows.y + first * rows.y_bytes;
 
   job.parts = job.kernel->parts(job.problem);
-  const int64_t tasks = job.kernel->tasks(job.problem);
-  const int64_t work = job.weight.rows * job.weight.columns * (job.tokens + tokens_worth_reading);
-  job.task_work = std::max<int64_t>(1, work / tasks);
-  job.work = tasks * job.task_work;
+  job.tasks = job.kernel->tasks(job.problem);
 
   job.y_offset = aligned_bytes(job.rows_to_gather * rows.x_bytes);
   job.prepared_offset = job.y_offset + aligned_bytes(job.rows_to_scatter * rows.y_bytes);
@@ -103,63 +97,70 @@ void plan_job(Job& job, const ExpertRows& rows, int64_t slots) {
 }
 
 // Calls function(job, first, last) for ranges that make up, all together, 0 to job.*units of each job.
+//
+// Each thread gets an equal part of every job, rather than jobs of its own: what jobs cost is only known roughly, as
+// kernels work off tokens by the vector. Units that are left over go to one thread after the other.
 template <typename Job, typename Function>
-void for_all(Job* jobs, size_t count, int64_t Job::*units, int64_t units_per_thread, const Function& function) {
-  int64_t all = 0;
-  for (size_t i = 0; i < count; ++i) all += jobs[i].*units;
-  if (all == 0) return;
-  torch::stable::parallel_for(0, all, units_per_thread, [&](int64_t first, int64_t last) {
-    for (size_t i = 0; i < count && last > 0; ++i) {
+void for_all(Job* jobs, size_t count, int64_t Job::*units, int64_t useful_threads, const Function& function) {
+  const int64_t threads =
+      useful_threads <= 1 ? 1 : std::min<int64_t>(useful_threads, torch::stable::get_num_threads());
+  const auto run = [&](int64_t first, int64_t last) {
+    int64_t left_over = 0;
+    for (size_t i = 0; i < count; ++i) {
       const int64_t own = jobs[i].*units;
-      const int64_t begin = std::max<int64_t>(first, 0), end = std::min(last, own);
+      const int64_t begin = (first * own + left_over) / threads, end = (last * own + left_over) / threads;
       if (begin < end) function(jobs[i], begin, end);
-      first -= own;
-      last -= own;
+      left_over = (left_over + own) % threads;
     }
-  });
+  };
+  if (threads == 1) {
+    run(0, 1);
+  } else {
+    torch::stable::parallel_for(0, threads, 1, run);
+  }
 }
 
 template <typename Job>
 void run_batch(Job* jobs, size_t count, size_t bytes, const ExpertRows& rows, int64_t slots) {
   auto* memory = static_cast<char*>(scratch(Scratch::for_all_threads, bytes));
-  int64_t x_bytes = 0, parts = 0;
-  int64_t work_per_thread = jobs[0].kernel->tasks_per_thread(jobs[0].problem) * jobs[0].task_work;
+  int64_t tokens = 0, gathered = 0, scattered = 0;
+  double threads = 0;  // that there is enough to do for
   for (size_t i = 0; i < count; ++i) {
     Job& job = jobs[i];
     job.memory = memory;
     memory += job.bytes;
     if (job.rows_to_gather > 0) RowsOf<typename Job::Problem>::set(job.problem, job.memory, rows.x_bytes);
     if (job.rows_to_scatter > 0) job.problem.y = job.memory + job.y_offset;
-    x_bytes += job.tokens * rows.x_bytes;
-    parts += job.parts;
-    work_per_thread = std::min(work_per_thread, job.kernel->tasks_per_thread(job.problem) * job.task_work);
+    tokens += job.tokens;
+    gathered += job.rows_to_gather;
+    scattered += job.rows_to_scatter;
+    threads += static_cast<double>(job.tasks) / static_cast<double>(job.kernel->tasks_per_thread(job.problem));
   }
-  for_all(jobs, count, &Job::rows_to_gather, bytes_per_thread / rows.x_bytes + 1,
-          [&](const Job& job, int64_t first, int64_t last) {
-            for (int64_t i = first; i < last; ++i) {
-              std::memcpy(job.memory + i * rows.x_bytes, rows.x + job.places[i] / slots * rows.x_stride_bytes,
-                          static_cast<size_t>(rows.x_bytes));
-            }
-          });
-  for_all(jobs, count, &Job::parts, bytes_per_thread * parts / x_bytes + 1,
+  if (gathered > 0) {
+    for_all(jobs, count, &Job::rows_to_gather, gathered * rows.x_bytes / bytes_per_thread,
+            [&](const Job& job, int64_t first, int64_t last) {
+              for (int64_t i = first; i < last; ++i) {
+                std::memcpy(job.memory + i * rows.x_bytes, rows.x + job.places[i] / slots * rows.x_stride_bytes,
+                            static_cast<size_t>(rows.x_bytes));
+              }
+            });
+  }
+  for_all(jobs, count, &Job::parts, tokens * rows.x_bytes / bytes_per_thread,
           [](const Job& job, int64_t first, int64_t last) {
             job.kernel->prepare(job.problem, job.memory + job.prepared_offset, first, last);
           });
-  for_all(jobs, count, &Job::work, work_per_thread, [](const Job& job, int64_t first, int64_t last) {
-    // A task is done by whom its beginning falls to.
-    const int64_t first_task = (first + job.task_work - 1) / job.task_work;
-    const int64_t last_task = (last + job.task_work - 1) / job.task_work;
-    if (first_task < last_task) {
-      job.kernel->run(job.problem, job.memory + job.prepared_offset, first_task, last_task);
-    }
+  for_all(jobs, count, &Job::tasks, static_cast<int64_t>(threads), [](const Job& job, int64_t first, int64_t last) {
+    job.kernel->run(job.problem, job.memory + job.prepared_offset, first, last);
   });
-  for_all(jobs, count, &Job::rows_to_scatter, bytes_per_thread / rows.y_bytes + 1,
-          [&](const Job& job, int64_t first, int64_t last) {
-            for (int64_t i = first; i < last; ++i) {
-              std::memcpy(rows.y + job.places[i] * rows.y_bytes, job.memory + job.y_offset + i * rows.y_bytes,
-                          static_cast<size_t>(rows.y_bytes));
-            }
-          });
+  if (scattered > 0) {
+    for_all(jobs, count, &Job::rows_to_scatter, scattered * rows.y_bytes / bytes_per_thread,
+            [&](const Job& job, int64_t first, int64_t last) {
+              for (int64_t i = first; i < last; ++i) {
+                std::memcpy(rows.y + job.places[i] * rows.y_bytes, job.memory + job.y_offset + i * rows.y_bytes,
+                            static_cast<size_t>(rows.y_bytes));
+              }
+            });
+  }
 }
 
 template <typename Job>
