@@ -56,17 +56,23 @@ class CompressedExpertLinear(CompressedModule):
     def forward(self, input: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """``input`` ``[T, I]`` and ``experts`` int64 ``[T, k]`` to ``[T, k, O]``, in the dtype of ``input``.
 
-        Expert ``E`` stands for none: its outputs are zero.
+        Expert ``E`` stands for none: its outputs are zero. Under autocast, activations are rounded first, in their own
+        dtype, and then multiplied in that of autocast, as torch does with any two ops.
         """
         weight = self._weight_tensors()  # checked before activations are rounded
-        if self._input is not None and not self._input_of_tokens:
+        if self._input is None:
+            output = ops.expert_linear(input, experts, *weight, *self._layout)
+        elif not torch.is_autocast_enabled(input.device.type):
+            static = self._parameters.get("input_scale"), self._parameters.get("input_zero_point")
+            output = ops.expert_quantized_linear(input, *static, *self._input, experts, *weight, *self._layout)
+        elif self._input_of_tokens:
+            output = ops.expert_linear(self._quantize_input(input), experts, *weight, *self._layout)
+        else:
             # The scales differ from expert to expert, so each token is rounded for each of its own.
             input = input.unsqueeze(1).expand(-1, experts.shape[1], -1)
             input = self._quantize_for_experts(input, experts, "input").flatten(0, 1)
             output = ops.expert_linear(input, experts.reshape(-1, 1), *weight, *self._layout)
             output = output.reshape(*experts.shape, self.out_features)
-        else:
-            output = ops.expert_linear(self._quantize_input(input), experts, *weight, *self._layout)
         return self._quantize_for_experts(output, experts, "output")
 
     @property

@@ -204,4 +204,11 @@ bool plan_jobs(const ExpertWeights& weights, const Routes& routes, const ExpertR
   return true;
 }
 
+inline void zero_rows_of_nobody(const Routes& routes, int64_t experts, const ExpertRows& rows) {
+  for (int64_t i = routes.begin_of(experts); i < routes.end_of(experts); ++i) {
+    const int64_t place = routes.places[static_cast<size_t>(i)];
+    std::memset(rows.y + place * rows.y_bytes, 0, static_cast<size_t>(rows.y_bytes));
+  }
+}
+
 }  // namespace compressed_format

@@ -2,7 +2,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <cstring>
 #include <vector>
 
 #include "ops/expert_jobs.h"
@@ -61,10 +60,7 @@ Tensor expert_linear(const Tensor& input, const Tensor& experts, const Tensor& w
   });
   if (!planned) return reference();
   run_jobs(jobs, rows, routes.slots);
-  for (int64_t i = routes.begin_of(weights->count); i < routes.end_of(weights->count); ++i) {
-    const int64_t place = routes.places[static_cast<size_t>(i)];
-    std::memset(rows.y + place * rows.y_bytes, 0, static_cast<size_t>(rows.y_bytes));
-  }
+  zero_rows_of_nobody(routes, weights->count, rows);
   return output;
 }
 
