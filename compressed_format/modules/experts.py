@@ -184,8 +184,11 @@ class CompressedExperts(nn.Module):
         up = self.up_proj(hidden_states, top_k_index)
         if self.has_gate:
             gate = self.gate_proj(hidden_states, top_k_index)
-            fused = fuse_gate_and_up(self, gate, up)
-            hidden = self._apply_gate(fused if bias is None else fused + self.gate_up_proj_bias[bias])
+            if bias is None and _applies_gate_by_default(original_class(type(self))):
+                hidden = self.act_fn(gate) * up
+            else:
+                fused = fuse_gate_and_up(self, gate, up)
+                hidden = self._apply_gate(fused if bias is None else fused + self.gate_up_proj_bias[bias])
         else:
             hidden = self.act_fn(up if bias is None else up + self.up_proj_bias[bias])
         output = self.down_proj(hidden.flatten(0, 1), top_k_index.reshape(-1, 1))
@@ -228,6 +231,15 @@ def compressed_experts_class(original: Any) -> type[CompressedExperts]:
 def original_class(compressed: type[nn.Module]) -> Any:
     """The class whose place ``compressed`` takes."""
     return compressed.__mro__[compressed.__mro__.index(CompressedExperts) + 1]
+
+
+@cache
+def _applies_gate_by_default(original: Any) -> bool:
+    """Whether gate and up meet as transformers lets them where a class does not say: ``act_fn(gate) * up``. Then there
+    is no need to put them into one tensor first, which would only be taken apart again."""
+    applied = getattr(original, "_apply_gate", None)
+    place = getattr(applied, "__module__", None), getattr(applied, "__name__", None)
+    return place == ("transformers.integrations.moe", "_default_apply_gate")
 
 
 def _blank_experts(original: Any) -> CompressedExperts:
