@@ -13,7 +13,7 @@ __all__ = ["OPS_WITH_KERNELS", "REFERENCE", "Kernel", "KernelProblem", "kernel_f
 REFERENCE = "reference"
 """The name of what is no kernel: an op's definition in plain torch."""
 
-OPS_WITH_KERNELS: frozenset[str] = frozenset({"embedding", "fake_quantize"})
+OPS_WITH_KERNELS: frozenset[str] = frozenset({"embedding", "expert_linear", "fake_quantize"})
 """The ops that run modules and for which :func:`kernel_for` knows when their kernels are chosen."""
 
 

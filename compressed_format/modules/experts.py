@@ -56,17 +56,23 @@ class CompressedExpertLinear(CompressedModule):
     def forward(self, input: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """``input`` ``[T, I]`` and ``experts`` int64 ``[T, k]`` to ``[T, k, O]``, in the dtype of ``input``.
 
-        Expert ``E`` stands for none: its outputs are zero.
+        Expert ``E`` stands for none: its outputs are zero. Under autocast, activations are rounded first, in their own
+        dtype, and then multiplied in that of autocast, as torch does with any two ops.
         """
         weight = self._weight_tensors()  # checked before activations are rounded
-        if self._input is not None and not self._input_of_tokens:
+        if self._input is None:
+            output = ops.expert_linear(input, experts, *weight, *self._layout)
+        elif not torch.is_autocast_enabled(input.device.type):
+            static = self._parameters.get("input_scale"), self._parameters.get("input_zero_point")
+            output = ops.expert_quantized_linear(input, *static, *self._input, experts, *weight, *self._layout)
+        elif self._input_of_tokens:
+            output = ops.expert_linear(self._quantize_input(input), experts, *weight, *self._layout)
+        else:
             # The scales differ from expert to expert, so each token is rounded for each of its own.
             input = input.unsqueeze(1).expand(-1, experts.shape[1], -1)
             input = self._quantize_for_experts(input, experts, "input").flatten(0, 1)
             output = ops.expert_linear(input, experts.reshape(-1, 1), *weight, *self._layout)
             output = output.reshape(*experts.shape, self.out_features)
-        else:
-            output = ops.expert_linear(self._quantize_input(input), experts, *weight, *self._layout)
         return self._quantize_for_experts(output, experts, "output")
 
     @property
@@ -178,8 +184,11 @@ class CompressedExperts(nn.Module):
         up = self.up_proj(hidden_states, top_k_index)
         if self.has_gate:
             gate = self.gate_proj(hidden_states, top_k_index)
-            fused = fuse_gate_and_up(self, gate, up)
-            hidden = self._apply_gate(fused if bias is None else fused + self.gate_up_proj_bias[bias])
+            if bias is None and _applies_gate_by_default(original_class(type(self))):
+                hidden = self.act_fn(gate) * up
+            else:
+                fused = fuse_gate_and_up(self, gate, up)
+                hidden = self._apply_gate(fused if bias is None else fused + self.gate_up_proj_bias[bias])
         else:
             hidden = self.act_fn(up if bias is None else up + self.up_proj_bias[bias])
         output = self.down_proj(hidden.flatten(0, 1), top_k_index.reshape(-1, 1))
@@ -222,6 +231,15 @@ def compressed_experts_class(original: Any) -> type[CompressedExperts]:
 def original_class(compressed: type[nn.Module]) -> Any:
     """The class whose place ``compressed`` takes."""
     return compressed.__mro__[compressed.__mro__.index(CompressedExperts) + 1]
+
+
+@cache
+def _applies_gate_by_default(original: Any) -> bool:
+    """Whether gate and up meet as transformers lets them where a class does not say: ``act_fn(gate) * up``. Then there
+    is no need to put them into one tensor first, which would only be taken apart again."""
+    applied = getattr(original, "_apply_gate", None)
+    place = getattr(applied, "__module__", None), getattr(applied, "__name__", None)
+    return place == ("transformers.integrations.moe", "_default_apply_gate")
 
 
 def _blank_experts(original: Any) -> CompressedExperts:

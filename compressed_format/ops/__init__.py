@@ -7,6 +7,7 @@ from compressed_format.ops.extension import backend_info, load_libraries, native
 from compressed_format.ops.fake_quantize import fake_quantize
 from compressed_format.ops.pack import pack_codes
 from compressed_format.ops.quantize import quantize
+from compressed_format.ops.quantized_experts import expert_quantized_linear
 from compressed_format.ops.quantized_linear import quantized_linear
 from compressed_format.ops.schemas import dequantize, embedding, linear
 from compressed_format.ops.unpack import unpack_codes
@@ -16,6 +17,7 @@ __all__ = [
     "dequantize",
     "embedding",
     "expert_linear",
+    "expert_quantized_linear",
     "fake_quantize",
     "linear",
     "native_library",

@@ -1,6 +1,6 @@
 // compressed_format::linear on the CPU.
 
-#include "cpu/linear/linear.h"
+#include "ops/linear.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -10,9 +10,7 @@
 #include "ops/tensors.h"
 
 namespace compressed_format {
-namespace {
 
-// The kernel for a problem, of those that this machine runs; null where there is none.
 const LinearKernel* select_linear(const Linear& problem) {
   for (const ByIsa<const LinearKernel>* kernel : {&few_tokens, &many_tokens}) {
     const LinearKernel* const found = kernel->get();
@@ -20,6 +18,8 @@ const LinearKernel* select_linear(const Linear& problem) {
   }
   return nullptr;
 }
+
+namespace {
 
 void run(const LinearKernel& kernel, const Linear& problem) {
   void* const prepared = scratch(Scratch::for_all_threads, kernel.prepared_bytes(problem));
