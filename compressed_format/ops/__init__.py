@@ -10,10 +10,13 @@ from compressed_format.ops.quantize import quantize
 from compressed_format.ops.quantized_experts import expert_quantized_linear
 from compressed_format.ops.quantized_linear import quantized_linear
 from compressed_format.ops.schemas import dequantize, embedding, linear
+from compressed_format.ops.sparse import compress_2_of_4, compress_bitmask, prune_2_of_4
 from compressed_format.ops.unpack import unpack_codes
 
 __all__ = [
     "backend_info",
+    "compress_2_of_4",
+    "compress_bitmask",
     "dequantize",
     "embedding",
     "expert_linear",
@@ -22,6 +25,7 @@ __all__ = [
     "linear",
     "native_library",
     "pack_codes",
+    "prune_2_of_4",
     "quantize",
     "quantized_linear",
     "unpack_codes",
