@@ -44,6 +44,7 @@ struct LinearKernel {
   void (*run)(const Linear& problem, const void* prepared, int64_t first_task, int64_t last_task);
 };
 
+extern const ByIsa<const LinearKernel> split_tokens;
 extern const ByIsa<const LinearKernel> few_tokens;
 extern const ByIsa<const LinearKernel> many_tokens;
 
