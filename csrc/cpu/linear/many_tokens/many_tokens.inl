@@ -36,6 +36,9 @@ constexpr int64_t block_strips = block_rows / strip_rows;
 constexpr int64_t block_panels = 256 / lanes;
 static_assert(block_rows % strip_rows == 0 && block_rows % lanes == 0);
 
+// The sums of a block lie panel by panel, in each row by row.
+constexpr int64_t sums_panel_bytes = block_rows * panel_step_bytes;
+
 inline F32 load_value(Float type, const void* source) {
   switch (type) {
     case Float::bfloat16: return load_bfloat16(source);
@@ -67,8 +70,47 @@ inline const char* token_of(const Linear& problem, int64_t token) {
   return static_cast<const char*>(problem.x) + token * problem.x_row_bytes;
 }
 
+// How a product that broadcasts weights goes through a strip.
+template <typename Product>
+struct InVectors {
+  // sums[panel][row] += weights[row] * x[panel] over so many steps; sums begin at zero where these are the first.
+  template <int panels>
+  static void multiply_strip(const char* weights, const char* x, int64_t panel_bytes, int64_t steps, char* sums,
+                             bool first) {
+    F32 sum[panels][strip_rows];
+#pragma GCC unroll 2
+    for (int panel = 0; panel < panels; ++panel) {
+#pragma GCC unroll 16
+      for (int row = 0; row < strip_rows; ++row) sum[panel][row] = zero();
+    }
+    for (int64_t step = 0; step < steps; ++step) {
+      F32 tokens[panels];
+#pragma GCC unroll 2
+      for (int panel = 0; panel < panels; ++panel) {
+        tokens[panel] = load_float32(x + panel * panel_bytes + step * panel_step_bytes);
+      }
+#pragma GCC unroll 16
+      for (int row = 0; row < strip_rows; ++row) {
+        const F32 weight = Product::broadcast_step(weights + row * tile_row_bytes + step * step_bytes);
+#pragma GCC unroll 2
+        for (int panel = 0; panel < panels; ++panel) {
+          sum[panel][row] = Product::multiply(weight, tokens[panel], sum[panel][row]);
+        }
+      }
+    }
+#pragma GCC unroll 2
+    for (int panel = 0; panel < panels; ++panel) {
+#pragma GCC unroll 16
+      for (int row = 0; row < strip_rows; ++row) {
+        char* const target = sums + panel * sums_panel_bytes + row * panel_step_bytes;
+        store_float32(target, first ? sum[panel][row] : load_float32(target) + sum[panel][row]);
+      }
+    }
+  }
+};
+
 // The product in floats, for activations of any type: values that a smaller type holds are exact in it.
-struct Floats {
+struct Floats : InVectors<Floats> {
   // Each addition to a long sum rounds it, and a sum of short sums errs less than one long sum.
   static constexpr int64_t sum_steps = 32;
 
@@ -103,48 +145,13 @@ struct Floats {
   }
 };
 
-// sums[panel][row] += weights[row] * x[panel] over so many steps; sums begin at zero where these are the first.
-template <typename Product, int panels>
-void multiply_strip(const char* weights, const char* x, int64_t panel_bytes, int64_t steps, char* sums, bool first) {
-  constexpr int64_t sums_panel_bytes = block_rows * panel_step_bytes;
-  F32 sum[panels][strip_rows];
-#pragma GCC unroll 2
-  for (int panel = 0; panel < panels; ++panel) {
-#pragma GCC unroll 16
-    for (int row = 0; row < strip_rows; ++row) sum[panel][row] = zero();
-  }
-  for (int64_t step = 0; step < steps; ++step) {
-    F32 tokens[panels];
-#pragma GCC unroll 2
-    for (int panel = 0; panel < panels; ++panel) {
-      tokens[panel] = load_float32(x + panel * panel_bytes + step * panel_step_bytes);
-    }
-#pragma GCC unroll 16
-    for (int row = 0; row < strip_rows; ++row) {
-      const F32 weight = Product::broadcast_step(weights + row * tile_row_bytes + step * step_bytes);
-#pragma GCC unroll 2
-      for (int panel = 0; panel < panels; ++panel) {
-        sum[panel][row] = Product::multiply(weight, tokens[panel], sum[panel][row]);
-      }
-    }
-  }
-#pragma GCC unroll 2
-  for (int panel = 0; panel < panels; ++panel) {
-#pragma GCC unroll 16
-    for (int row = 0; row < strip_rows; ++row) {
-      char* const target = sums + panel * sums_panel_bytes + row * panel_step_bytes;
-      store_float32(target, first ? sum[panel][row] : load_float32(target) + sum[panel][row]);
-    }
-  }
-}
-
 // The same for a whole block of steps, of which never more than a product wants are summed in one go.
 template <typename Product, int panels>
 inline void multiply_steps(const char* weights, const char* x, int64_t panel_bytes, int64_t steps, char* sums,
                            bool first) {
   for (int64_t step = 0; step < steps; step += Product::sum_steps) {
-    multiply_strip<Product, panels>(weights + step * step_bytes, x + step * panel_step_bytes, panel_bytes,
-                                    smaller(Product::sum_steps, steps - step), sums, first && step == 0);
+    Product::template multiply_strip<panels>(weights + step * step_bytes, x + step * panel_step_bytes, panel_bytes,
+                                             smaller(Product::sum_steps, steps - step), sums, first && step == 0);
   }
 }
 
@@ -206,7 +213,7 @@ void multiply_block(const Linear& problem, const char* prepared, int64_t first_r
           prefetch_codes(weight, row, smaller(last_row, row + strip_rows), next_byte, next_end);
         }
         const char* const rows = tile + strip * strip_rows * tile_row_bytes;
-        char* const target = sums + ((panel - first_panel) * block_rows + strip * strip_rows) * panel_step_bytes;
+        char* const target = sums + (panel - first_panel) * sums_panel_bytes + strip * strip_rows * panel_step_bytes;
         if (panel + 1 < last_panel) {
           multiply_steps<Product, 2>(rows, x, panel_bytes, right - left, target, left == 0);
         } else {
@@ -216,7 +223,7 @@ void multiply_block(const Linear& problem, const char* prepared, int64_t first_r
     }
   }
   for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-    store_panel(problem, first_row, last_row, panel, sums + (panel - first_panel) * block_rows * panel_step_bytes);
+    store_panel(problem, first_row, last_row, panel, sums + (panel - first_panel) * sums_panel_bytes);
   }
 }
 
@@ -243,7 +250,7 @@ template <typename Product>
 void run(const Linear& problem, const void* prepared, int64_t first_task, int64_t last_task) {
   const int64_t panels = panels_of(problem);
   const int64_t tile_bytes = block_rows * tile_row_bytes;
-  const int64_t sums_bytes = smaller(panels, block_panels) * block_rows * panel_step_bytes;
+  const int64_t sums_bytes = smaller(panels, block_panels) * sums_panel_bytes;
   char* const tile = static_cast<char*>(scratch(Scratch::for_this_thread, static_cast<size_t>(tile_bytes + sums_bytes)));
   for (int64_t panel = 0; panel < panels; panel += block_panels) {
     for (int64_t strip = first_task; strip < last_task; strip += block_strips) {
