@@ -16,12 +16,14 @@ constexpr int tile_rows = 16;
 
 // Two tiles of weights times two panels: their sums are four of eight tiles, and each tile that is loaded is used twice.
 constexpr int strip_rows = 2 * tile_rows;
+constexpr int64_t block_rows = 128;
 
 }  // namespace
 }  // namespace compressed_format
 
 #include "cpu/linear/many_tokens/many_tokens.inl"
 #include "cpu/linear/many_tokens/pairs.inl"
+#include "cpu/linear/many_tokens/coded_pairs.inl"
 
 namespace compressed_format {
 namespace {
@@ -65,11 +67,13 @@ struct InTiles : Product {
     }
   }
 
+  // As InVectors has it.
   template <int panels>
   static void multiply_strip(const char* weights, const char* x, int64_t panel_bytes, int64_t steps, char* sums,
                              bool first) {
     constexpr int64_t sums_tile_bytes = tile_rows * panel_step_bytes;
-    char* const second_sums = sums + sums_panel_bytes;
+    constexpr int64_t weights_tile_bytes = tile_rows * tile_row_bytes;
+    char* const sums_2 = sums + (panels == 2 ? sums_panel_bytes : 2 * sums_tile_bytes);
     write_out();
     if (first) {
       _tile_zero(0);
@@ -79,53 +83,48 @@ struct InTiles : Product {
     } else {
       _tile_loadd(0, sums, panel_step_bytes);
       _tile_loadd(1, sums + sums_tile_bytes, panel_step_bytes);
-      if constexpr (panels == 2) {
-        _tile_loadd(2, second_sums, panel_step_bytes);
-        _tile_loadd(3, second_sums + sums_tile_bytes, panel_step_bytes);
-      }
+      _tile_loadd(2, sums_2, panel_step_bytes);
+      _tile_loadd(3, sums_2 + sums_tile_bytes, panel_step_bytes);
     }
+#pragma GCC unroll 2
     for (int64_t step = 0; step < steps; step += tile_steps) {
       const char* const rows = weights + step * step_bytes;
       const char* const tokens = x + step * panel_step_bytes;
       _tile_loadd(6, tokens, panel_step_bytes);
       _tile_loadd(4, rows, tile_row_bytes);
-      _tile_loadd(5, rows + tile_rows * tile_row_bytes, tile_row_bytes);
+      _tile_loadd(5, rows + weights_tile_bytes, tile_row_bytes);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 5, 6);
       if constexpr (panels == 2) {
         _tile_loadd(7, tokens + panel_bytes, panel_step_bytes);
         _tile_dpbf16ps(2, 4, 7);
         _tile_dpbf16ps(3, 5, 7);
+      } else {
+        _tile_loadd(4, rows + 2 * weights_tile_bytes, tile_row_bytes);
+        _tile_loadd(5, rows + 3 * weights_tile_bytes, tile_row_bytes);
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_dpbf16ps(3, 5, 6);
       }
     }
     _tile_stored(0, sums, panel_step_bytes);
     _tile_stored(1, sums + sums_tile_bytes, panel_step_bytes);
-    if constexpr (panels == 2) {
-      _tile_stored(2, second_sums, panel_step_bytes);
-      _tile_stored(3, second_sums + sums_tile_bytes, panel_step_bytes);
-    }
+    _tile_stored(2, sums_2, panel_step_bytes);
+    _tile_stored(3, sums_2 + sums_tile_bytes, panel_step_bytes);
   }
 };
 
 bool in_tiles(const Linear& problem) { return problem.x_type == Float::bfloat16; }
 
-// What `action` makes of the product that a problem is computed by.
-template <typename Action>
-inline auto with_product(const Linear& problem, Action action) {
-  if (NibblePairs::takes(*problem.weight)) return action(InTiles<NibblePairs>{});
-  return action(InTiles<Pairs>{});
-}
-
 size_t prepared_bytes_of(const Linear& problem) {
   if (!in_tiles(problem)) return many_tokens_avx512.prepared_bytes(problem);
-  return with_product(problem, [&](auto product) { return prepared_bytes<decltype(product)>(problem); });
+  return with_pairs<InTiles>(*problem.weight, [&](auto product) { return prepared_bytes<decltype(product)>(problem); });
 }
 int64_t parts_of(const Linear& problem) {
   return in_tiles(problem) ? parts(problem) : many_tokens_avx512.parts(problem);
 }
 void prepare_any(const Linear& problem, void* prepared, int64_t first_part, int64_t last_part) {
   if (!in_tiles(problem)) return many_tokens_avx512.prepare(problem, prepared, first_part, last_part);
-  with_product(problem, [&](auto product) {
+  with_pairs<InTiles>(*problem.weight, [&](auto product) {
     prepare<decltype(product)>(problem, prepared, first_part, last_part);
   });
 }
@@ -138,7 +137,7 @@ int64_t tasks_per_thread_of(const Linear& problem) {
 void run_any(const Linear& problem, const void* prepared, int64_t first_task, int64_t last_task) {
   if (!in_tiles(problem)) return many_tokens_avx512.run(problem, prepared, first_task, last_task);
   take_tiles();
-  with_product(problem, [&](auto product) { run<decltype(product)>(problem, prepared, first_task, last_task); });
+  with_pairs<InTiles>(*problem.weight, [&](auto product) { run<decltype(product)>(problem, prepared, first_task, last_task); });
   _tile_release();  // so that less has to be saved when the thread is interrupted
 }
 

@@ -10,12 +10,14 @@ namespace {
 
 // The sums of two panels take 24 of 32 registers.
 constexpr int strip_rows = 12;
+constexpr int64_t block_rows = 96;
 
 }  // namespace
 }  // namespace compressed_format
 
 #include "cpu/linear/many_tokens/many_tokens.inl"
 #include "cpu/linear/many_tokens/pairs.inl"
+#include "cpu/linear/many_tokens/coded_pairs.inl"
 
 namespace compressed_format {
 namespace {
@@ -23,9 +25,8 @@ namespace {
 // What `action` makes of the product that a problem is computed by.
 template <typename Action>
 inline auto with_product(const Linear& problem, Action action) {
-  if (problem.x_type != Float::bfloat16) return action(Floats{});
-  if (NibblePairs::takes(*problem.weight)) return action(NibblePairs{});
-  return action(Pairs{});
+  if (problem.x_type != Float::bfloat16) return action(InVectors<Floats>{});
+  return with_pairs<InVectors>(*problem.weight, action);
 }
 
 size_t prepared_bytes_of(const Linear& problem) {
