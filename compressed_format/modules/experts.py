@@ -172,6 +172,9 @@ class CompressedExperts(nn.Module):
     act_fn: Callable[[torch.Tensor], torch.Tensor]
     post_expert_norm: Callable[[torch.Tensor], torch.Tensor]
     _apply_gate: Callable[[torch.Tensor], torch.Tensor]
+    # Whether that class leaves it to transformers how gate and up meet: act_fn(gate) * up. There is then no need to put
+    # them into one tensor first, which would only be taken apart again.
+    _applies_gate_by_default = False
     # transformers initialises a module by its class, and would look for the weights that are gone.
     _is_hf_initialized = True
 
@@ -184,7 +187,7 @@ class CompressedExperts(nn.Module):
         up = self.up_proj(hidden_states, top_k_index)
         if self.has_gate:
             gate = self.gate_proj(hidden_states, top_k_index)
-            if bias is None and _applies_gate_by_default(original_class(type(self))):
+            if bias is None and self._applies_gate_by_default:
                 hidden = self.act_fn(gate) * up
             else:
                 fused = fuse_gate_and_up(self, gate, up)
@@ -225,21 +228,19 @@ def fuse_gate_and_up(experts: Any, gate: torch.Tensor, up: torch.Tensor, dim: in
 def compressed_experts_class(original: Any) -> type[CompressedExperts]:
     """The class of compressed experts that takes the place of ``original``."""
     name = f"Compressed{original.__name__}"
-    return type(name, (CompressedExperts, original), {"__module__": __name__, "__doc__": CompressedExperts.__doc__})
+    applied = getattr(original, "_apply_gate", None)
+    place = getattr(applied, "__module__", None), getattr(applied, "__name__", None)
+    members = {
+        "__module__": __name__,
+        "__doc__": CompressedExperts.__doc__,
+        "_applies_gate_by_default": place == ("transformers.integrations.moe", "_default_apply_gate"),
+    }
+    return type(name, (CompressedExperts, original), members)
 
 
 def original_class(compressed: type[nn.Module]) -> Any:
     """The class whose place ``compressed`` takes."""
     return compressed.__mro__[compressed.__mro__.index(CompressedExperts) + 1]
-
-
-@cache
-def _applies_gate_by_default(original: Any) -> bool:
-    """Whether gate and up meet as transformers lets them where a class does not say: ``act_fn(gate) * up``. Then there
-    is no need to put them into one tensor first, which would only be taken apart again."""
-    applied = getattr(original, "_apply_gate", None)
-    place = getattr(applied, "__module__", None), getattr(applied, "__name__", None)
-    return place == ("transformers.integrations.moe", "_default_apply_gate")
 
 
 def _blank_experts(original: Any) -> CompressedExperts:
