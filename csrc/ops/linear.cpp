@@ -14,7 +14,7 @@ namespace {
 
 // The kernel for a problem, of those that this machine runs; null where there is none.
 const LinearKernel* select_linear(const Linear& problem) {
-  for (const ByIsa<const LinearKernel>* kernel : {&split_tokens, &few_tokens, &many_tokens}) {
+  for (const ByIsa<const LinearKernel>* kernel : {&split_tokens, &few_tokens, &plain_values, &many_tokens}) {
     const LinearKernel* const found = kernel->get();
     if (found != nullptr && found->takes(problem)) return found;
   }

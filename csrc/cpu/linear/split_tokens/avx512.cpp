@@ -456,7 +456,7 @@ template <Kind kind, bool segmented, int tokens>
 void multiply_rows(const Task& task, const Decoder<kind>& decode, int64_t last_row, int64_t token, int64_t first_block,
                    int64_t last_block) {
   int64_t row = task.first_row;
-  // Two rows share loads of x, where there is enough of it to matter.
+  // Rows share loads of x where several tokens are multiplied. With one, memory is read faster row by row.
   constexpr int rows = tokens > 1 ? 2 : 1;
   for (; row + rows <= last_row; row += rows) {
     multiply<kind, segmented, rows, tokens>(task, decode, row, token, first_block, last_block);
