@@ -45,6 +45,7 @@ struct LinearKernel {
 };
 
 extern const ByIsa<const LinearKernel> split_tokens;
+extern const ByIsa<const LinearKernel> plain_values;
 extern const ByIsa<const LinearKernel> few_tokens;
 extern const ByIsa<const LinearKernel> many_tokens;
 

@@ -269,12 +269,17 @@ __m512 scales_at(const Weight& weight, const Plan& plan, int64_t scale_row, int6
     const int64_t left = weight.scale_columns - segment;
     return left <= 0 ? _mm512_setzero_ps() : load_floats(weight.scale, weight.scale_type, first + segment, left);
   }
-  alignas(64) float scales[16];
-  for (int64_t i = 0; i < 16; ++i) {
-    const int64_t group = (segment + i) * plan.segment_columns / weight.block_columns;
-    scales[i] = group < weight.scale_columns ? load_float(weight.scale, weight.scale_type, first + group) : 0.0f;
-  }
-  return _mm512_load_ps(scales);
+  // Each group has several segments: its scale is repeated. A half is added before a division by multiplication, which
+  // is then far from rounding to the wrong side.
+  const int64_t times = weight.block_columns / plan.segment_columns;
+  const int64_t group = segment / times;
+  if (group >= weight.scale_columns) return _mm512_setzero_ps();
+  const __m512 lanes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512 places = _mm512_add_ps(lanes, _mm512_set1_ps(static_cast<float>(segment - group * times) + 0.5f));
+  const __m512i groups = _mm512_cvttps_epi32(_mm512_mul_ps(places, _mm512_set1_ps(1.0f / static_cast<float>(times))));
+  const __m512 scales =
+      load_floats(weight.scale, weight.scale_type, first + group, weight.scale_columns - group);
+  return _mm512_permutexvar_ps(groups, scales);
 }
 
 int zero_point_at(const Weight& weight, int64_t scale_row, int64_t group) {
@@ -402,7 +407,9 @@ void multiply(const Task& task, const Decoder<kind>& decode, int64_t row, int64_
       for (int r = 0; r < rows; ++r) sum[r] = _mm512_setzero_si512();
 #pragma GCC unroll 4
       for (int part = 0; part < 2 * vectors; ++part) {
-        const __m512i bytes = _mm512_load_si512(x + t * token_bytes + 64 * part);
+        __m512i bytes = _mm512_load_si512(x + t * token_bytes + 64 * part);
+        // Loads are what there is least of: without this, the compiler makes one for each row.
+        if constexpr (rows > 1) __asm__("" : "+v"(bytes));
 #pragma GCC unroll 2
         for (int r = 0; r < rows; ++r) {
           if (part == vectors) sum[r] = _mm512_slli_epi32(sum[r], 8);
@@ -449,7 +456,7 @@ template <Kind kind, bool segmented, int tokens>
 void multiply_rows(const Task& task, const Decoder<kind>& decode, int64_t last_row, int64_t token, int64_t first_block,
                    int64_t last_block) {
   int64_t row = task.first_row;
-  // Two rows share loads of x, where there is enough of it to matter.
+  // Rows share loads of x where several tokens are multiplied. With one, memory is read faster row by row.
   constexpr int rows = tokens > 1 ? 2 : 1;
   for (; row + rows <= last_row; row += rows) {
     multiply<kind, segmented, rows, tokens>(task, decode, row, token, first_block, last_block);
