@@ -10,7 +10,7 @@ namespace {
 
 // The sums of two panels take twelve of sixteen registers.
 constexpr int strip_rows = 6;
-constexpr int64_t block_rows = 96;
+constexpr int64_t block_rows = 48;
 
 }  // namespace
 }  // namespace compressed_format

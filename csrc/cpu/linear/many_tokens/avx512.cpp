@@ -10,7 +10,7 @@ namespace {
 
 // The sums of two panels take 24 of 32 registers.
 constexpr int strip_rows = 12;
-constexpr int64_t block_rows = 96;
+constexpr int64_t block_rows = 48;
 
 }  // namespace
 }  // namespace compressed_format

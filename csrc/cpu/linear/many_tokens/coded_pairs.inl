@@ -60,7 +60,8 @@ inline float zero_point_of(const Weight& weight, int64_t scale_row, int64_t grou
 }
 
 // What codes of up to five bits stand for, as dequantizing rounds it. A group's values are made once, into a table that
-// finds 32 of them with one instruction.
+// finds 32 of them with one instruction. The processor's own conversion to bfloat16 takes subnormal numbers for zeros;
+// so does its multiplication.
 class Values {
  public:
   explicit Values(const Weight& of) : weight(of) {
@@ -74,46 +75,27 @@ class Values {
 
   // Those of 4 bits, in the order of their codes.
   __attribute__((always_inline)) __m256i sixteen(int64_t scale_row, int64_t group) const {
-    const float scale = scale_of(scale_row, group);
-    const F32 products = product(low, scale, scale_row, group);
-    return is_plain(scale) ? as_m256i(_mm512_cvtneps_pbh(products.v)) : narrow_to_bfloat16(products);
-  }
-
-  // Those of up to 5 bits, of which the index may have more that do not matter.
-  __attribute__((always_inline)) __m512i thirty_two(int64_t scale_row, int64_t group) const {
-    const float scale = scale_of(scale_row, group);
-    const F32 first = product(low, scale, scale_row, group), second = product(high, scale, scale_row, group);
-    if (is_plain(scale)) {
-      const __m512bh both = _mm512_cvtne2ps_pbh(second.v, first.v);
-      __m512i words;
-      __builtin_memcpy(&words, &both, sizeof words);
-      return words;
-    }
-    return _mm512_inserti64x4(_mm512_castsi256_si512(narrow_to_bfloat16(first)), narrow_to_bfloat16(second), 1);
-  }
-
- private:
-  static __m256i as_m256i(__m256bh halves) {
+    const __m256bh halves = _mm512_cvtneps_pbh(product(low, scale_row, group).v);
     __m256i words;
     __builtin_memcpy(&words, &halves, sizeof words);
     return words;
   }
 
-  float scale_of(int64_t scale_row, int64_t group) const {
-    return to_float(weight.scale, scale_row * weight.scale_columns + group, weight.scale_type);
+  // Those of up to 5 bits, of which the index may have more that do not matter.
+  __attribute__((always_inline)) __m512i thirty_two(int64_t scale_row, int64_t group) const {
+    const F32 first = product(low, scale_row, group), second = product(high, scale_row, group);
+    const __m512bh halves = _mm512_cvtne2ps_pbh(second.v, first.v);
+    __m512i words;
+    __builtin_memcpy(&words, &halves, sizeof words);
+    return words;
   }
 
-  F32 product(F32 codes, float scale, int64_t scale_row, int64_t group) const {
+ private:
+  F32 product(F32 codes, int64_t scale_row, int64_t group) const {
     if (weight.zero_points != ZeroPoints::none) codes = codes - broadcast(zero_point_of(weight, scale_row, group));
+    const float scale = to_float(weight.scale, scale_row * weight.scale_columns + group, weight.scale_type);
     const F32 exact = codes * broadcast(scale);
     return weight.scale_type == Float::float16 ? as_float16(exact) : exact;
-  }
-
-  // The processor's own conversion to bfloat16 takes subnormal numbers for zeros. Differences of codes are 1 at least,
-  // so that no product of such a scale is one; what a float16 can hold is none either.
-  bool is_plain(float scale) const {
-    constexpr float least = 0x1p-100f;
-    return scale >= least || scale <= -least || weight.scale_type == Float::float16;
   }
 
   const Weight& weight;

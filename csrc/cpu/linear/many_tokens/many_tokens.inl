@@ -31,8 +31,9 @@ constexpr int strip_panels = 2;
 constexpr int64_t block_steps = 256;
 constexpr int64_t tile_row_bytes = block_steps * step_bytes;
 
-// A tile of `block_rows` rows serves this many tokens before the next is decoded: tile and sums (each some 100 KB at
-// most) stay in the second level of the cache, and decoding is a small part of the work.
+// A tile of `block_rows` rows serves this many tokens before the next is decoded: tile and sums (each some 50 KB, 128 KB
+// at most) stay in the second level of the cache, and decoding is a small part of the work. What a single panel is
+// multiplied with is less, so that it stays in the first level with the panel: there, decoding is much of the work.
 constexpr int64_t block_strips = block_rows / strip_rows;
 constexpr int64_t block_panels = 256 / lanes;
 static_assert(block_rows % (strip_panels * strip_rows) == 0 && block_rows % lanes == 0);
@@ -224,7 +225,7 @@ void multiply_block(const Linear& problem, const char* prepared, int64_t first_r
     // After the last steps of these rows come the first ones of the next rows.
     const bool last = right == steps;
     const int64_t next_row = last ? last_row : first_row;
-    const int64_t next_last_row = last ? smaller(weight.rows, last_row + block_rows) : last_row;
+    const int64_t next_last_row = last ? smaller(weight.rows, last_row + (last_row - first_row)) : last_row;
     const int64_t next_byte = last ? 0 : code_bytes * right / steps;
     const int64_t next_end = code_bytes * smaller(steps, last ? block_steps : right + block_steps) / steps;
     for (int64_t panel = first_panel; panel < last_panel; panel += strip_panels) {
@@ -275,10 +276,11 @@ void run(const Linear& problem, const void* prepared, int64_t first_task, int64_
   const int64_t panels = panels_of(problem);
   const int64_t tile_bytes = block_rows * tile_row_bytes;
   const int64_t sums_bytes = smaller(panels, block_panels) * sums_panel_bytes;
+  const int64_t strips = panels == 1 ? strip_panels : block_strips;
   char* const tile = static_cast<char*>(scratch(Scratch::for_this_thread, static_cast<size_t>(tile_bytes + sums_bytes)));
   for (int64_t panel = 0; panel < panels; panel += block_panels) {
-    for (int64_t strip = first_task; strip < last_task; strip += block_strips) {
-      const int64_t last_strip = smaller(last_task, strip + block_strips);
+    for (int64_t strip = first_task; strip < last_task; strip += strips) {
+      const int64_t last_strip = smaller(last_task, strip + strips);
       multiply_block<Product>(problem, static_cast<const char*>(prepared), strip * strip_rows,
                               smaller(problem.weight->rows, last_strip * strip_rows), panel,
                               smaller(panels, panel + block_panels), tile, tile + tile_bytes);

@@ -9,7 +9,7 @@ namespace {
 
 // The sums of two panels take twelve of the sixteen registers of four floats that any x86-64 has.
 constexpr int strip_rows = 3;
-constexpr int64_t block_rows = 96;
+constexpr int64_t block_rows = 48;
 
 }  // namespace
 }  // namespace compressed_format
