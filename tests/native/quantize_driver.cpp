@@ -152,7 +152,8 @@ int main() {
             for (bool symmetric : {false, true}) {
               for (bool pack : {false, true}) {
                 const int bits = columns > 1000 ? 4 : 1 + static_cast<int>(random_below(8));
-                if (!right({bits, false, symmetric, has_scales, pack}, type, rows, columns, block_rows, group)) return 1;
+                const Scheme scheme{bits, false, symmetric, has_scales, pack};
+                if (!right(scheme, type, rows, columns, block_rows, group)) return 1;
               }
             }
           }

@@ -26,6 +26,10 @@ inline void store_float8(void* target, F32 values, int count) {
   _mm_mask_storeu_epi8(target, first(count), narrow_to_float8(values));
 }
 
+// Conversions round so by themselves.
+inline void store_nearest_int8(void* target, F32 values) { store_int8(target, values); }
+inline void store_nearest_int8(void* target, F32 values, int count) { store_int8(target, values, count); }
+
 inline F32 nearest_bfloat16(F32 values) {
   const __m512i bits = _mm512_castps_si512(values.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
