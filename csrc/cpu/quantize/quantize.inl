@@ -1,9 +1,11 @@
 // The kernels of quantize.h on vectors of floats. Whoever includes this has included one of cpu/simd/*.h, and defined
 //   `void store_float8(void* target, F32 values)`, the same with a count: values within -448 to 448 as the nearest
 //   E4M3, ties to even;
-//   `void store_nearest_int8(void* target, F32 values)`, the same with a count: values within -128 to 127 as the nearest
-//   whole numbers, ties to even;
+//   `void store_nearest_int8(void* target, F32 values)`, the same with a count: values within -128 to 127 as the
+//   nearest whole numbers, ties to even;
 //   `F32 nearest_bfloat16(F32 values)`: as_bfloat16, of numbers and infinities only;
+//   `int64_t most_codes<is_float, has_zero_point>(x, count, scale, zero_point, bits, target)`: codes of bfloat16
+//   values, as many as fill whole vectors, by a scale that has a reciprocal; how many those are, or 0;
 //   `uint16_t largest_half(const char* halves, int64_t count)`: the largest of 16-bit patterns without their signs.
 
 #include "cpu/quantize/quantize.h"
@@ -178,9 +180,9 @@ void make_scale(const Quantize& problem, Extremes found, int64_t index) {
 }
 
 // Whether the product with the reciprocal of a scale, rounded to bfloat16, is the quotient rounded so. It is for all
-// finite bfloat16 values and scales but those so small that the reciprocal overflows: tests/native/quantize_driver.cpp
-// goes through the significands, and all exponents at which something underflows or overflows. Significands of eight
-// bits have no quotient near enough to the middle between two bfloat16 numbers for an error of 2**-23 to matter.
+// finite bfloat16 values and scales but those so small that the reciprocal overflows, as going through them all has
+// shown: significands of eight bits have no quotient near enough to the middle between two bfloat16 numbers for an
+// error of 2**-23 to matter. tests/native/quantize_driver.cpp goes through all significands where exponents differ.
 inline bool has_reciprocal(float scale) { return scale >= 0x1p-127f || scale <= -0x1p-127f; }
 
 template <Float type, bool is_float, bool has_zero_point, bool divides>
@@ -225,8 +227,12 @@ void codes_of_block(const Quantize& problem, float scale, int zero_point, const 
   codes.zero_point = broadcast(static_cast<float>(zero_point));
   codes.lowest = broadcast(is_float ? -448.0f : -half);
   codes.highest = broadcast(is_float ? 448.0f : half - 1.0f);
+  int64_t done = 0;
+  if constexpr (!divides) {
+    done = most_codes<is_float, has_zero_point>(x, count, scale, zero_point, problem.bits, target);
+  }
   by_lanes(
-      0, count, [&](int64_t i) { codes.store(target + i, load<type>(x + i * bytes_of(type))); },
+      done, count, [&](int64_t i) { codes.store(target + i, load<type>(x + i * bytes_of(type))); },
       [&](int64_t i, int part) { codes.store(target + i, load<type>(x + i * bytes_of(type), part), part); });
 }
 
