@@ -89,7 +89,8 @@ int main() {
     }
     for (Codes type : {Codes::bfloat16, Codes::float16, Codes::float32}) {
       for (int kept : {0, 1, columns % 4 == 0 ? 2 : 1}) {
-        if (!right({type, 16, 1, 1, Float::float32, ZeroPoints::none, true, kept}, 5, columns, Float::float32)) return 1;
+        const Kind kind{type, 16, 1, 1, Float::float32, ZeroPoints::none, true, kept};
+        if (!right(kind, 5, columns, Float::float32)) return 1;
       }
     }
   }

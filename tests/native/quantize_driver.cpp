@@ -1,6 +1,7 @@
-// Quantizes weights of every type by every scheme, by every level and in several threads. All levels must make the same
-// bytes; those of float32 weights with symmetric integers must also be what the definition says. Sanitizers see what a
-// comparison cannot, and an emulator of an older processor stops at an instruction that it does not know.
+// Quantizes weights of every type by every scheme, by every level and in several threads. All levels must make the
+// same bytes; those of float32 weights with symmetric integers, and those of all kinds of quotients of bfloat16 numbers,
+// must also be what the definition says. Sanitizers see what a comparison cannot, and an emulator of an older processor
+// stops at an instruction that it does not know.
 
 #include "cpu/quantize/quantize.h"
 
@@ -139,9 +140,63 @@ bool right(Scheme scheme, Float type, int64_t rows, int64_t columns, int64_t blo
   return true;
 }
 
+float bfloat16_of(int exponent, int significand) {
+  return float_of_bits(static_cast<uint32_t>(exponent) << 23 | static_cast<uint32_t>(significand) << 16);
+}
+
+int to_float8(float value) {
+  const float magnitude = std::fabs(value);
+  const int sign = std::signbit(value) ? 0x80 : 0;
+  if (magnitude < 0x1p-6f) return sign | static_cast<int>(std::nearbyint(magnitude * 512));
+  int exponent;
+  std::frexp(magnitude, &exponent);
+  const auto steps = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 4 - exponent)));
+  return sign | (((exponent + 6) << 3) + steps - 8);
+}
+
+// Codes by bfloat16 scales of an exponent, of all significands, for all values that have codes of their own: what
+// kernels compute without dividing is what a division makes.
+bool divides_exactly(int exponent, bool is_float) {
+  const int from = exponent > 14 ? exponent - 14 : 0, to = exponent + 9 < 255 ? exponent + 9 : 255;
+  const int64_t rows = 128, columns = (to - from) * 128;
+  Tensor weight(rows * columns * 2);
+  for (int64_t i = 0; i < rows * columns; ++i) {
+    const auto column = static_cast<int>(i % columns);
+    const float value = bfloat16_of(from + column / 128, column % 128);
+    set(weight.data(), Float::bfloat16, i, i % 2 == 0 ? value : -value);
+  }
+  const Scheme scheme{8, is_float, true, true, false};
+  const Quantize problem = describe(scheme, weight, Float::bfloat16, rows, columns, 1, columns);
+  Result given{Tensor(), Tensor(rows * 2), Tensor()};
+  for (int64_t row = 0; row < rows; ++row) {
+    const int significand = exponent == 0 && row == 0 ? 1 : static_cast<int>(row);
+    set(given.scales.data(), Float::bfloat16, row, bfloat16_of(exponent, significand));
+  }
+  for (const QuantizeKernel* const kernel : levels(quantize_kernel)) {
+    const Result made = run(*kernel, problem, nullptr, true, &given);
+    for (int64_t i = 0; i < rows * columns; ++i) {
+      const float value = get(weight.data(), Float::bfloat16, i);
+      const float scale = get(given.scales.data(), Float::bfloat16, i / columns);
+      const float ratio = as_bfloat16(value / scale) + 0.0f;
+      const float least = is_float ? -448.0f : -128.0f, greatest = is_float ? 448.0f : 127.0f;
+      const float clamped = ratio < least ? least : ratio > greatest ? greatest : ratio;
+      const int expected = is_float ? to_float8(clamped) : static_cast<int>(std::nearbyint(clamped)) & 0xff;
+      if (made.codes.data()[i] != expected) {
+        std::printf("wrong: %a by %a is %d, not %d\n", double(value), double(scale), int(made.codes.data()[i]),
+                    expected);
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 int main() {
+  for (int exponent : {0, 1, 2, 8, 120, 126, 127, 128, 134, 254}) {
+    if (!divides_exactly(exponent, false) || !divides_exactly(exponent, true)) return 1;
+  }
   for (Float type : {Float::bfloat16, Float::float16, Float::float32}) {
     for (int64_t columns : {1, 7, 64, 65, 200, 4200}) {
       for (int64_t group : {int64_t{32}, int64_t{48}, columns}) {
@@ -152,7 +207,8 @@ int main() {
             for (bool symmetric : {false, true}) {
               for (bool pack : {false, true}) {
                 const int bits = columns > 1000 ? 4 : 1 + static_cast<int>(random_below(8));
-                if (!right({bits, false, symmetric, has_scales, pack}, type, rows, columns, block_rows, group)) return 1;
+                const Scheme scheme{bits, false, symmetric, has_scales, pack};
+                if (!right(scheme, type, rows, columns, block_rows, group)) return 1;
               }
             }
           }

@@ -1,6 +1,6 @@
 // Rounds activations and multiplies codes, by every level and in several threads. Results must lie near those that
-// codes give in float64, and not depend on threads. Sanitizers see what a comparison cannot, and an emulator of an older
-// processor stops at an instruction that it does not know.
+// codes give in float64, and not depend on threads. Sanitizers see what a comparison cannot, and an emulator of an
+// older processor stops at an instruction that it does not know.
 
 #include "cpu/quantized_linear/quantized_linear.h"
 

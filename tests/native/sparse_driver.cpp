@@ -1,6 +1,6 @@
-// Prunes weights of every type, and stores them with a bitmask, by every level and in several threads, and compares with
-// definitions that go value by value. Sanitizers see what a comparison cannot, and an emulator of an older processor
-// stops at an instruction that it does not know.
+// Prunes weights of every type, and stores them with a bitmask, by every level and in several threads, and compares
+// with definitions that go value by value. Sanitizers see what a comparison cannot, and an emulator of an older
+// processor stops at an instruction that it does not know.
 
 #include "cpu/sparse/sparse.h"
 

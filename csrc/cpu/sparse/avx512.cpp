@@ -50,7 +50,8 @@ struct Block<2> {
   }
   uint64_t next_is_larger(uint32_t sign, uint32_t infinity) const {
     const __m512i mine = magnitude(sign, infinity), next = _mm512_ror_epi64(mine, 16);
-    return _mm512_mask_cmpgt_epu16_mask(0x77777777u, next, mine) | _mm512_mask_cmpge_epu16_mask(0x88888888u, next, mine);
+    return _mm512_mask_cmpgt_epu16_mask(0x77777777u, next, mine) |
+           _mm512_mask_cmpge_epu16_mask(0x88888888u, next, mine);
   }
   uint64_t next_but_one_is_larger(uint32_t sign, uint32_t infinity) const {
     const __m512i mine = magnitude(sign, infinity);
