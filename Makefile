@@ -140,7 +140,8 @@ ggml: $(READY)  ## Build ggml for make bench, which does without it otherwise
 	$(PIP) download $(QUIET) --no-deps --no-build-isolation --no-binary :all: --dest build/ggml $(GGML_PACKAGE)
 	tar -xf build/ggml/*.tar.gz --strip-components=3 --directory build/ggml --wildcards '*/vendor/llama.cpp/ggml'
 	touch build/ggml/ggml/ggml.pc.in
-	$(BIN)/cmake -S build/ggml/ggml -B build/ggml/made -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON
+	$(BIN)/cmake -S build/ggml/ggml -B build/ggml/made -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
+		-DGGML_BUILD_TESTS=OFF -DGGML_BUILD_EXAMPLES=OFF
 	$(BIN)/cmake --build build/ggml/made
 
 .PHONY: clean

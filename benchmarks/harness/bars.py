@@ -132,12 +132,13 @@ def bars_table(bars: Sequence[Bar]) -> str:
 
 
 def read_bars(lines: Iterable[str]) -> list[Bar]:
-    """Those that programs have added to the file of :data:`COLLECTED`."""
-    found = []
+    """Those that programs have added to the file of :data:`COLLECTED`; what is measured again replaces what was."""
+    found: dict[tuple[str, str], Bar] = {}
     for values in map(json.loads, lines):
         cost = values.pop("cost")
-        found.append(Bar(**values, cost=Cost(**cost) if cost else None))
-    return found
+        bar = Bar(**values, cost=Cost(**cost) if cost else None)
+        found[bar.work, bar.what] = bar
+    return list(found.values())
 
 
 def processor_seconds() -> tuple[float, float, float]:
