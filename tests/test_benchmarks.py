@@ -79,3 +79,16 @@ def test_an_unknown_benchmark_is_an_error() -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 2
     assert "there is no benchmark cpu_lineal" in done.stderr
+
+
+def test_bars_say_where_other_processes_took_time(bars: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    processors = os.cpu_count() or 1
+    # Work of all, work of this process, and time, in seconds: before, after a line with others, after one without.
+    times = iter(
+        [(0.0, 0.0, 0.0), (1.0 * processors, 0.8 * processors, 1.0), (1.5 * processors, 1.3 * processors, 2.0)]
+    )
+    monkeypatch.setattr(bars, "processor_seconds", lambda: next(times))
+    report = bars.Report("some work")
+    for _ in range(2):
+        report.add(bars.Bar("work", "rival", 3.0, 2.0, note="best"))
+    assert [bar.note for bar in report.bars] == ["best, disturbed: others took 20%", "best"]
