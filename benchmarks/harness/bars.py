@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 # Nothing of third parties is imported here: checkpoint.py needs it, which runs in the environments of its peers, too.
@@ -17,6 +17,8 @@ COLLECTED = "BENCHMARK_BARS"
 """The environment variable with the file to which programs add their bars, one JSON object a line."""
 BUSY = 0.05
 """Of the processors' time: if other processes take more than this, the figures are theirs, too."""
+SAME_LINE = 0.1
+"""Bars that are added within so many seconds are of the same measurement."""
 NOTHING = "-"
 
 
@@ -101,20 +103,24 @@ class Report:
 
     title: str
     bars: list[Bar] = field(default_factory=list)
-    begin: tuple[float, float, float] = field(default_factory=lambda: processor_seconds())
+    last: tuple[float, float, float] = field(default_factory=lambda: processor_seconds())
+    others: float = 0.0
+    """What other processes took of the processors' time while the last line was measured."""
 
     def line(self, text: str) -> None:
         print(text, flush=True)
 
     def add(self, bar: Bar) -> None:
+        now = processor_seconds()
+        if now[-1] - self.last[-1] > SAME_LINE:
+            self.others, self.last = share_of_others(self.last, now), now
+        if self.others > BUSY:
+            bar = replace(bar, note=", ".join(filter(None, (bar.note, f"disturbed: others took {self.others:.0%}"))))
         self.bars.append(bar)
         self.line(f"    {bar.wanted:<58} {bar.measured:<28} {bar.verdict}")
 
     def finish(self) -> None:
         """Prints the table, or leaves it to who collects the bars of several programs."""
-        busy = share_of_others(self.begin, processor_seconds())
-        if busy > BUSY:
-            self.line(f"\nOther processes took {busy:.0%} of the processors' time: these figures are disturbed.")
         if collected := os.environ.get(COLLECTED):
             with Path(collected).open("a") as file:
                 file.writelines(json.dumps(asdict(bar)) + "\n" for bar in self.bars)
@@ -132,12 +138,13 @@ def bars_table(bars: Sequence[Bar]) -> str:
 
 
 def read_bars(lines: Iterable[str]) -> list[Bar]:
-    """Those that programs have added to the file of :data:`COLLECTED`."""
-    found = []
+    """Those that programs have added to the file of :data:`COLLECTED`; what is measured again replaces what was."""
+    found: dict[tuple[str, str], Bar] = {}
     for values in map(json.loads, lines):
         cost = values.pop("cost")
-        found.append(Bar(**values, cost=Cost(**cost) if cost else None))
-    return found
+        bar = Bar(**values, cost=Cost(**cost) if cost else None)
+        found[bar.work, bar.what] = bar
+    return list(found.values())
 
 
 def processor_seconds() -> tuple[float, float, float]:

@@ -24,7 +24,7 @@ __all__ = ["describe_machine", "peak", "read_rate", "reader"]
 
 READ_BYTES = 1 << 29
 """More than is rotated of weights, and more than any cache holds."""
-STEPS = 2_000_000
+STEPS = 20_000_000
 PRODUCT = 2048
 
 
