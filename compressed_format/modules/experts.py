@@ -15,10 +15,10 @@ from torch import nn
 
 from compressed_format import ops
 from compressed_format.activations import WHOLE_TENSOR, activation_scale
-from compressed_format.bitmask import bytes_of
 from compressed_format.config import CompressionFormat, QuantizationScheme
 from compressed_format.config.experts import ExpertStack
 from compressed_format.modules.base import CompressedModule, compressed_modules
+from compressed_format.modules.expert_values import range_of_experts, rows_at
 from compressed_format.modules.offloading import offloaded_state, onloaded
 from compressed_format.quantization import QuantizedWeight
 
@@ -92,13 +92,13 @@ class CompressedExpertLinear(CompressedModule):
             return ops.fake_quantize(values, None, None, *arguments)
         if scale is None:
             bits, is_float, symmetric, _ = arguments
-            ends = _range_of_experts(values, experts, self.num_experts)
+            ends = range_of_experts(values, experts, self.num_experts)
             scale, zero_point = (
                 None if found is None else found.unsqueeze(-1)
                 for found in activation_scale(*ends, bits, is_float, symmetric)
             )
         routed = experts.clamp(max=self.num_experts - 1)
-        return ops.fake_quantize(values, _rows(scale, routed), _rows(zero_point, routed), *arguments)
+        return ops.fake_quantize(values, rows_at(scale, routed), rows_at(zero_point, routed), *arguments)
 
     def checkpoint_parts(
         self, name: str, given: Mapping[str, torch.Tensor] | None = None
@@ -260,23 +260,6 @@ def stack_tensors(suffix: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 _SET_BITS = torch.tensor([byte.bit_count() for byte in range(256)], device="cpu")
-
-
-def _range_of_experts(values: torch.Tensor, experts: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The least and the largest of all ``values`` ``[T, k, n]`` that go to each expert; zero where there are none."""
-    index = experts.flatten()
-    nothing = values.new_zeros(count + 1)
-    least = nothing.scatter_reduce(0, index, values.amin(dim=-1).flatten(), "amin", include_self=False)
-    largest = nothing.scatter_reduce(0, index, values.amax(dim=-1).flatten(), "amax", include_self=False)
-    return least[:count], largest[:count]
-
-
-def _rows(values: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | None:
-    """``values[index]``, through bytes: torch cannot pick among float8 zero points everywhere."""
-    if values is None:
-        return None
-    picked = bytes_of(values)[index]
-    return picked.view(values.dtype)
 
 
 def stored_modules(model: nn.Module) -> dict[str, CompressedModule]:
