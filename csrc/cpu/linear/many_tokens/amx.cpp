@@ -1,7 +1,7 @@
 // The product for many tokens on AMX: of bfloat16 in tiles, of all else as AVX-512 does it.
 //
-// A tile is sixteen rows of 64 bytes. Sixteen rows of decoded weights are one, sixteen steps of a panel another, and the
-// sums of those rows for that panel the third: all three lie in memory as vectors want them, so that only the
+// A tile is sixteen rows of 64 bytes. Sixteen rows of decoded weights are one, sixteen steps of a panel another, and
+// the sums of those rows for that panel the third: all three lie in memory as vectors want them, so that only the
 // multiplication itself differs.
 #include "cpu/simd/avx512.h"
 
@@ -14,7 +14,7 @@ namespace {
 
 constexpr int tile_rows = 16;
 
-// Two tiles of weights times two panels: their sums are four of eight tiles, and each tile that is loaded is used twice.
+// Two tiles of weights times two panels: their sums are four of eight tiles, and each that is loaded is used twice.
 constexpr int strip_rows = 2 * tile_rows;
 constexpr int64_t block_rows = 128;
 
@@ -63,7 +63,8 @@ struct InTiles : Product {
     const int64_t steps = last_step - first_step;
     const int64_t missing = ceil_div(steps, tile_steps) * tile_steps - steps;
     for (int64_t row = 0; missing > 0 && row < last_row - first_row; ++row) {
-      __builtin_memset(tile + row * tile_row_bytes + steps * step_bytes, 0, static_cast<uint64_t>(missing * step_bytes));
+      char* const rest = tile + row * tile_row_bytes + steps * step_bytes;
+      __builtin_memset(rest, 0, static_cast<uint64_t>(missing * step_bytes));
     }
   }
 
@@ -137,7 +138,9 @@ int64_t tasks_per_thread_of(const Linear& problem) {
 void run_any(const Linear& problem, const void* prepared, int64_t first_task, int64_t last_task) {
   if (!in_tiles(problem)) return many_tokens_avx512.run(problem, prepared, first_task, last_task);
   take_tiles();
-  with_pairs<InTiles>(*problem.weight, [&](auto product) { run<decltype(product)>(problem, prepared, first_task, last_task); });
+  with_pairs<InTiles>(*problem.weight, [&](auto product) {
+    run<decltype(product)>(problem, prepared, first_task, last_task);
+  });
   _tile_release();  // so that less has to be saved when the thread is interrupted
 }
 

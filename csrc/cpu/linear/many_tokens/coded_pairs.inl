@@ -16,7 +16,9 @@ inline void pack_in_order(const Linear& problem, int64_t first_token, int tokens
       token.v = _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, _mm512_castps_si512(token.v)));
     }
     transpose(square);
-    for (int pair = 0; pair < lanes; ++pair) store_float32(panel + step_of(left, pair) * panel_step_bytes, square[pair]);
+    for (int pair = 0; pair < lanes; ++pair) {
+      store_float32(panel + step_of(left, pair) * panel_step_bytes, square[pair]);
+    }
   }
 }
 
@@ -55,7 +57,8 @@ inline float zero_point_of(const Weight& weight, int64_t scale_row, int64_t grou
   uint32_t low, high = 0;
   __builtin_memcpy(&low, source, sizeof low);
   if (bit % 32 + weight.bits > 32) __builtin_memcpy(&high, source + row_bytes, sizeof high);
-  const auto stored = static_cast<int>((static_cast<uint64_t>(high) << 32 | low) >> bit % 32 & ((1u << weight.bits) - 1));
+  const uint64_t both = static_cast<uint64_t>(high) << 32 | low;
+  const auto stored = static_cast<int>(both >> bit % 32 & ((1u << weight.bits) - 1));
   return static_cast<float>(stored - (1 << (weight.bits - 1)));
 }
 

@@ -1,7 +1,7 @@
 // y = x @ dense(weight).T + bias for many tokens, on one instruction set. The file that includes this one has included
 // the vectors of cpu/simd, and defined `strip_rows` and `block_rows`; it defines `transpose` and what chooses a product
 // at its end.
-// Everything is in an anonymous namespace, and nothing of the standard library is called (csrc/CMakeLists.txt says why).
+// Everything is in an anonymous namespace, and nothing of the standard library is called: csrc/CMakeLists.txt says why.
 //
 // The lanes of a vector are tokens. x is copied once into panels of `lanes` tokens each; a tile of weights is decoded
 // into memory of the thread, row by row as it is; a row's weights are then broadcast, one after the other, and
@@ -22,8 +22,8 @@ inline int64_t ceil_div(int64_t value, int64_t divisor) { return (value + diviso
 constexpr int64_t step_bytes = 4;
 constexpr int64_t panel_step_bytes = lanes * step_bytes;
 
-// A multiplication computes a strip of `strip_rows` rows for two panels, or two strips for a single one: their sums fill
-// the registers.
+// A multiplication computes a strip of `strip_rows` rows for two panels, or two strips for a single one: their sums
+// fill the registers.
 constexpr int strip_panels = 2;
 
 // The panels that are multiplied stay in the first level of the cache while all strips of a tile pass by: 32 KB of 48
@@ -31,8 +31,8 @@ constexpr int strip_panels = 2;
 constexpr int64_t block_steps = 256;
 constexpr int64_t tile_row_bytes = block_steps * step_bytes;
 
-// A tile of `block_rows` rows serves this many tokens before the next is decoded: tile and sums (each some 50 KB, 128 KB
-// at most) stay in the second level of the cache, and decoding is a small part of the work. What a single panel is
+// A tile of `block_rows` rows serves this many tokens before the next is decoded: tile and sums (each some 50 KB, with
+// AMX 128 KB) stay in the second level of the cache, and decoding is a small part of the work. What a single panel is
 // multiplied with is less, so that it stays in the first level with the panel: there, decoding is much of the work.
 constexpr int64_t block_strips = block_rows / strip_rows;
 constexpr int64_t block_panels = 256 / lanes;
@@ -277,7 +277,8 @@ void run(const Linear& problem, const void* prepared, int64_t first_task, int64_
   const int64_t tile_bytes = block_rows * tile_row_bytes;
   const int64_t sums_bytes = smaller(panels, block_panels) * sums_panel_bytes;
   const int64_t strips = panels == 1 ? strip_panels : block_strips;
-  char* const tile = static_cast<char*>(scratch(Scratch::for_this_thread, static_cast<size_t>(tile_bytes + sums_bytes)));
+  const auto bytes = static_cast<size_t>(tile_bytes + sums_bytes);
+  char* const tile = static_cast<char*>(scratch(Scratch::for_this_thread, bytes));
   for (int64_t panel = 0; panel < panels; panel += block_panels) {
     for (int64_t strip = first_task; strip < last_task; strip += strips) {
       const int64_t last_strip = smaller(last_task, strip + strips);
