@@ -1,7 +1,7 @@
 // Quantizes weights of every type by every scheme, by every level and in several threads. All levels must make the
-// same bytes; those of float32 weights with symmetric integers, and those of all kinds of quotients of bfloat16 numbers,
-// must also be what the definition says. Sanitizers see what a comparison cannot, and an emulator of an older processor
-// stops at an instruction that it does not know.
+// same bytes; those of float32 weights with symmetric integers, and those of all kinds of quotients of bfloat16
+// numbers, must also be what the definition says. Sanitizers see what a comparison cannot, and an emulator of an older
+// processor stops at an instruction that it does not know.
 
 #include "cpu/quantize/quantize.h"
 
@@ -154,15 +154,17 @@ int to_float8(float value) {
   return sign | (((exponent + 6) << 3) + steps - 8);
 }
 
-// Codes by bfloat16 scales of an exponent, of all significands, for all values that have codes of their own: what
-// kernels compute without dividing is what a division makes.
+// Codes by bfloat16 scales of an exponent, of all significands, for all values that have codes of their own, and the
+// least there are, whose quotients vanish: what kernels compute without dividing is what a division makes.
 bool divides_exactly(int exponent, bool is_float) {
   const int from = exponent > 14 ? exponent - 14 : 0, to = exponent + 9 < 255 ? exponent + 9 : 255;
-  const int64_t rows = 128, columns = (to - from) * 128;
+  std::vector<int> exponents{0, 1};
+  for (int i = from; i < to; ++i) exponents.push_back(i);
+  const int64_t rows = 128, columns = static_cast<int64_t>(exponents.size()) * 128;
   Tensor weight(rows * columns * 2);
   for (int64_t i = 0; i < rows * columns; ++i) {
-    const auto column = static_cast<int>(i % columns);
-    const float value = bfloat16_of(from + column / 128, column % 128);
+    const int64_t column = i % columns;
+    const float value = bfloat16_of(exponents[static_cast<size_t>(column / 128)], static_cast<int>(column % 128));
     set(weight.data(), Float::bfloat16, i, i % 2 == 0 ? value : -value);
   }
   const Scheme scheme{8, is_float, true, true, false};
