@@ -75,7 +75,9 @@ float float_of(uint32_t bits) {
   return value;
 }
 
-__mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>(_bzhi_u32(0xffffu, static_cast<unsigned>(count))); }
+__mmask16 first_lanes(int64_t count) {
+  return static_cast<__mmask16>(_bzhi_u32(0xffffu, static_cast<unsigned>(count)));
+}
 
 // `count` floats, up to 16, from an index on; the others are zero.
 __m512 load_floats(const void* source, Float type, int64_t index, int64_t count) {
