@@ -17,13 +17,16 @@
 namespace compressed_format {
 namespace {
 
-// How codes become vectors of bytes. Blocks of the first three are 128 columns, two vectors; of the others 64, one.
-enum class Kind { nibbles, pairs, ones, windows, bytes };
+// How codes become vectors of bytes. Blocks are 128 columns, two vectors; or 64, one, where groups are that small and
+// the two vectors would lie in different ones.
+enum class Kind { nibbles, pairs, ones, windows, bytes, small_windows, small_bytes };
 
-constexpr int vectors_of(Kind kind) { return kind == Kind::windows || kind == Kind::bytes ? 1 : 2; }
+constexpr int vectors_of(Kind kind) { return kind == Kind::small_windows || kind == Kind::small_bytes ? 1 : 2; }
+constexpr bool are_windows(Kind kind) { return kind == Kind::windows || kind == Kind::small_windows; }
+constexpr bool are_bytes(Kind kind) { return kind == Kind::bytes || kind == Kind::small_bytes; }
 
-// Beyond this many tokens, weights that are decoded to bfloat16 and used more often are faster.
-constexpr int64_t most_tokens = 16;
+// The kernel for many tokens takes 16 in one go: beyond about three quarters of that, it is faster.
+constexpr int64_t most_tokens = 12;
 // A task; the x of a pass over it is read from the first level of the cache.
 constexpr int64_t task_rows = 16;
 constexpr int64_t pass_bytes = 32 * 1024;
@@ -34,19 +37,20 @@ constexpr int most_segments = 4;
 // Less than this much weight is read faster than another thread wakes up; likewise x of fewer columns is split faster.
 constexpr int64_t bytes_per_thread = 64 * 1024;
 constexpr int64_t columns_of_parts = 64 * 1024;
-// Rows of weights are prefetched this far ahead where the next ones are farther.
-constexpr int64_t most_ahead = 16 * 1024, ahead_in_row = 4096;
+// Codes are prefetched this far ahead, which is in the next rows where rows are short.
+constexpr int64_t ahead = 4096;
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
 Kind kind_of(const Weight& weight) {
-  if (weight.type == Codes::int8 || weight.bits == 8) return Kind::bytes;
+  const bool small = weight.scale_columns > 1 && weight.block_columns % 128 != 0;
+  if (weight.type == Codes::int8 || weight.bits == 8) return small ? Kind::small_bytes : Kind::bytes;
   switch (weight.bits) {
     case 1: return Kind::ones;
     case 2: return Kind::pairs;
     case 4: return Kind::nibbles;
-    default: return Kind::windows;
+    default: return small ? Kind::small_windows : Kind::windows;
   }
 }
 
@@ -61,7 +65,7 @@ int column_of(Kind kind, int vector, int byte) {
     case Kind::nibbles: return 2 * byte + vector;
     case Kind::pairs: return 4 * (byte % 32) + 2 * (byte / 32) + vector;
     case Kind::ones: return 8 * (byte % 16) + 2 * (byte / 16) + vector;
-    default: return byte;
+    default: return 64 * vector + byte;
   }
 }
 
@@ -71,7 +75,9 @@ float float_of(uint32_t bits) {
   return value;
 }
 
-__mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>(_bzhi_u32(0xffffu, static_cast<unsigned>(count))); }
+__mmask16 first_lanes(int64_t count) {
+  return static_cast<__mmask16>(_bzhi_u32(0xffffu, static_cast<unsigned>(count)));
+}
 
 // `count` floats, up to 16, from an index on; the others are zero.
 __m512 load_floats(const void* source, Float type, int64_t index, int64_t count) {
@@ -210,11 +216,14 @@ void prepare(const Linear& problem, void* prepared, int64_t first_part, int64_t 
   }
 }
 
+__mmask64 first_bytes(int64_t count) { return count <= 0 ? 0 : _bzhi_u64(~uint64_t{0}, static_cast<unsigned>(count)); }
+
 // Bytes of a block's codes, as vectors. `left` bytes of the row are there; the others are not read.
 template <Kind kind>
 struct Decoder {
   __m512i permutation, shifts, mask;
   __mmask64 stored;
+  int64_t vector_bytes;
 
   explicit Decoder(const Weight& weight) {
     const int bits = bits_of_codes(weight);
@@ -233,31 +242,40 @@ struct Decoder {
       shifts = _mm512_load_si512(shift);
     }
     // Signed bytes differ from those without sign by the highest bit.
-    if (kind == Kind::bytes) mask = _mm512_set1_epi8(weight.type == Codes::int8 ? -128 : 0);
-    stored = ~uint64_t{0} >> (64 - vectors_of(kind) * 8 * bits);
+    if (are_bytes(kind)) mask = _mm512_set1_epi8(weight.type == Codes::int8 ? -128 : 0);
+    vector_bytes = 8 * bits;
+    stored = ~uint64_t{0} >> (64 - (are_windows(kind) || are_bytes(kind) ? 8 : 16) * bits);
   }
 
   template <bool whole>
   __attribute__((always_inline)) void operator()(const char* source, int64_t left, __m512i (&codes)[2]) const {
-    const __mmask64 present = whole ? stored : ~uint64_t{0} >> (64 - left);
-    if constexpr (kind == Kind::nibbles || kind == Kind::bytes) {
+    if constexpr (are_windows(kind) || are_bytes(kind)) {
+      for (int vector = 0; vector < vectors_of(kind); ++vector) {
+        const char* const place = source + vector * vector_bytes;
+        const __mmask64 present = whole ? stored : first_bytes(left - vector * vector_bytes) & stored;
+        codes[vector] = whole && are_bytes(kind) ? _mm512_loadu_si512(place) : _mm512_maskz_loadu_epi8(present, place);
+        if constexpr (are_windows(kind)) {
+          const __m512i windows = _mm512_permutexvar_epi8(permutation, codes[vector]);
+          codes[vector] = _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, windows), mask);
+        } else {
+          codes[vector] = _mm512_xor_si512(codes[vector], mask);
+        }
+      }
+      return;
+    }
+    const __mmask64 present = whole ? stored : first_bytes(left);
+    constexpr unsigned bits = kind == Kind::nibbles ? 4 : kind == Kind::pairs ? 2 : 1;
+    if constexpr (kind == Kind::nibbles) {
       codes[0] = whole ? _mm512_loadu_si512(source) : _mm512_maskz_loadu_epi8(present, source);
     } else if constexpr (kind == Kind::pairs) {
       codes[0] = _mm512_broadcast_i64x4(_mm256_maskz_loadu_epi8(static_cast<__mmask32>(present), source));
-    } else if constexpr (kind == Kind::ones) {
-      codes[0] = _mm512_broadcast_i32x4(_mm_maskz_loadu_epi8(static_cast<__mmask16>(present), source));
+      codes[0] = _mm512_srlv_epi16(codes[0], shifts);
     } else {
-      codes[0] = _mm512_maskz_loadu_epi8(present, source);
+      codes[0] = _mm512_broadcast_i32x4(_mm_maskz_loadu_epi8(static_cast<__mmask16>(present), source));
+      codes[0] = _mm512_srlv_epi16(codes[0], shifts);
     }
-    if constexpr (kind == Kind::pairs || kind == Kind::ones) codes[0] = _mm512_srlv_epi16(codes[0], shifts);
-    if constexpr (kind == Kind::windows) {
-      codes[0] = _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(permutation, codes[0]));
-    }
-    if constexpr (vectors_of(kind) == 2) {
-      constexpr unsigned bits = kind == Kind::nibbles ? 4 : kind == Kind::pairs ? 2 : 1;
-      codes[1] = _mm512_and_si512(_mm512_srli_epi16(codes[0], bits), mask);
-    }
-    codes[0] = kind == Kind::bytes ? _mm512_xor_si512(codes[0], mask) : _mm512_and_si512(codes[0], mask);
+    codes[1] = _mm512_and_si512(_mm512_srli_epi16(codes[0], bits), mask);
+    codes[0] = _mm512_and_si512(codes[0], mask);
   }
 };
 
@@ -341,7 +359,6 @@ void multiply(const Task& task, const Decoder<kind>& decode, int64_t row, int64_
   const auto* const x_sums =
       reinterpret_cast<const float*>(task.prepared + plan.sums_offset) + token * plan.padded_segments + first_segment;
   const bool first_pass = first_block == 0;
-  const int64_t ahead = rows * weight.row_bytes <= most_ahead ? rows * weight.row_bytes : ahead_in_row;
 
   // Scales of weights, by segment; or their products with those of x, by token and block.
   alignas(64) float scales[rows][segmented ? most_pass_scales * most_segments + 16 : most_pass_scales * 2 + 16];
@@ -499,11 +516,10 @@ void run_kind(const Linear& problem, const Plan& plan, const char* prepared, int
 template <Kind kind>
 void run_tasks(const Linear& problem, const char* prepared, int64_t first_task, int64_t last_task) {
   const Plan plan(problem);
-  if (plan.segments_of_block == 1) {
-    run_kind<kind, false>(problem, plan, prepared, first_task, last_task);
-  } else {
-    run_kind<kind, true>(problem, plan, prepared, first_task, last_task);
+  if constexpr (kind != Kind::windows && kind != Kind::bytes) {
+    if (plan.segments_of_block > 1) return run_kind<kind, true>(problem, plan, prepared, first_task, last_task);
   }
+  run_kind<kind, false>(problem, plan, prepared, first_task, last_task);
 }
 
 int64_t tasks(const Linear& problem) { return ceil_div(problem.weight->rows, task_rows); }
@@ -521,6 +537,8 @@ void run(const Linear& problem, const void* prepared, int64_t first_task, int64_
     case Kind::ones: return run_tasks<Kind::ones>(problem, memory, first_task, last_task);
     case Kind::windows: return run_tasks<Kind::windows>(problem, memory, first_task, last_task);
     case Kind::bytes: return run_tasks<Kind::bytes>(problem, memory, first_task, last_task);
+    case Kind::small_windows: return run_tasks<Kind::small_windows>(problem, memory, first_task, last_task);
+    case Kind::small_bytes: return run_tasks<Kind::small_bytes>(problem, memory, first_task, last_task);
   }
 }
 
