@@ -53,10 +53,12 @@ Tensor quantized_linear(const Tensor& input, const std::optional<Tensor>& input_
       {input, input_scale, input_zero_point, input_bits, input_is_float, input_symmetric, input_group_size});
   const std::optional<Weight> described =
       weight_of({weight, scale, zero_point, g_idx, bitmask, bits, columns, block_rows, block_columns});
-  const bool taken =
-      kernel != nullptr && activations.has_value() && described.has_value() && takes(*described, *activations);
-  if (!taken) return two_steps();
+  if (kernel == nullptr || !activations.has_value() || !described.has_value()) return two_steps();
   QuantizedLinear problem;
+  if (!has_whole_rows(*described, *activations)) {
+    problem.span = span_of(*described, *activations);
+    if (problem.span == 0) return two_steps();
+  }
   problem.weight = &*described;
   problem.activations = &*activations;
   problem.quantize = activation_kernels.get();
