@@ -33,12 +33,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from harness.bars import Bar, Cost, Report
+
 # Nothing of third parties is imported here: the peer's Python, which runs this file too, has its own set of them.
 
 HIDDEN, INTERMEDIATE, VOCABULARY, HEADS, KEY_VALUE_HEADS = 2048, 5632, 32000, 32, 4
 SHARDS = 3
 TOKENS = 16
 SAMPLE_SECONDS = 0.002
+BARS = {"compress_checkpoint W4A16": 1.5}
+"""At most so many times what ``cp`` takes for the bytes of source and destination."""
 TINY = 4
 """By how much the sizes of the model are smaller with which each process begins."""
 
@@ -51,6 +55,7 @@ def main() -> None:
     parser.add_argument("--llmcompressor", metavar="PYTHON", help="a Python that has llm-compressor")
     parser.add_argument("--folder", type=Path, help="where to write")
     options = parser.parse_args()
+    report = Report("checkpoint to checkpoint")
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         dense = folder / "dense"
@@ -80,7 +85,7 @@ def main() -> None:
                 runs.append(run(python, task, source, destination, preset, options.workers, first=first))
                 copies.append(copy(dense, folder))
             done.append((title, stored_bytes(source) + stored_bytes(destination), runs))
-        report_jobs(size, copies, done)
+        report_jobs(size, copies, done, report)
         print(f"\n{'loading W4A16':<34}{'seconds':>9}{'forward':>9}{'MB anon':>9}{'MB all':>9}")
         for title, task in (("load_compressed", "load"), ("transformers, compressed-tensors", "load_peer")):
             packed, tiny = folder / "compress W4A16", folder / "tiny W4A16"
@@ -89,10 +94,11 @@ def main() -> None:
             found = {key: statistics.median(values[key] for values in runs) for key in keys}
             times = f"{found['seconds']:>9.2f}{found['forward']:>9.2f}"
             print(f"{title:<34}{times}{found['after'] / 1e6:>9.0f}{found['resident'] / 1e6:>9.0f}", flush=True)
+    report.finish()
 
 
 def report_jobs(
-    size: int, copies: list[tuple[float, float]], done: list[tuple[str, int, list[dict[str, Any]]]]
+    size: int, copies: list[tuple[float, float]], done: list[tuple[str, int, list[dict[str, Any]]]], report: Report
 ) -> None:
     """A line for each job: its title, the bytes of its source and destination, and what was measured each time."""
     copied, synced = (statistics.median(times) for times in zip(*copies, strict=True))
@@ -104,6 +110,10 @@ def report_jobs(
         highest = statistics.median(found["highest"] for found in runs) / 1e6
         ratios = "".join(f"{seconds / (nbytes / size * reference):>8.2f}" for reference in (copied, synced))
         print(f"{title:<34}{seconds:>9.2f}{size / seconds / 1e9:>8.2f}{ratios}{highest:>7.0f}", flush=True)
+        if title in BARS:
+            of_copy = seconds / (nbytes / size * copied)
+            what = "of cp of source plus destination"
+            report.add(Bar(title, what, of_copy, BARS[title], at_most=True, cost=Cost(seconds, nbytes)))
 
 
 def copy(source: Path, folder: Path) -> tuple[float, float]:

@@ -23,8 +23,8 @@ from types import ModuleType
 import torch
 import transformers
 from checkpoint import HEADS, HIDDEN, INTERMEDIATE, KEY_VALUE_HEADS, VOCABULARY
-from harness.bars import Bar, Report
-from harness.ceilings import describe_machine
+from harness.bars import Bar, Cost, Report
+from harness.ceilings import describe_machine, reader
 from harness.measuring import Candidate, medians
 from torch import nn
 
@@ -88,14 +88,17 @@ def measure(report: Report, work: str, dense: nn.Module, config: QuantizationCon
         name: Candidate(partial(write_tokens, model, tokens), tokens)
         for name, model in (("dense", dense), ("packed", packed))
     }
+    candidates["read"] = reader()
     found = medians(candidates, SECONDS)
-    for name, seconds in found.items():
-        rate = sizes[name] / seconds / 1e9
+    read = 1 / found.pop("read")
+    costs = {name: Cost(seconds, sizes[name], reading=read) for name, seconds in found.items()}
+    for name, cost in costs.items():
         report.line(
-            f"{work}, {name}: {1 / seconds:.2f} tokens/s, {seconds * 1e3:.1f} ms each; {sizes[name] / 1e6:.0f} MB of "
-            f"layers, {rate:.1f} GB/s"
+            f"{work}, {name}: {1 / cost.seconds:.2f} tokens/s, {cost.time} each; {sizes[name] / 1e6:.0f} MB of layers, "
+            f"{cost.bytes_rate} of {read / 1e9:.1f} read"
         )
-    report.add(Bar(work, "dense bf16, in tokens/s", found["dense"] / found["packed"], bound))
+    ratio = found["dense"] / found["packed"]
+    report.add(Bar(f"decode, {work}", "dense bf16, in tokens/s", ratio, bound, cost=costs["packed"]))
 
 
 def parameter_bytes(model: nn.Module) -> int:

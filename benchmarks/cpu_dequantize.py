@@ -1,14 +1,15 @@
 """Dense weights out of packed ones: the native op against compressed_tensors, and against what memory can do.
 
-Every candidate runs in turn, in one process, so that whatever else the machine does falls on all alike; each figure is
-the median of its rounds. ``fill`` and ``copy`` are torch's own, into memory that is there already and into memory that
-is new, as every result of an op is: what it costs to get it from the system is a part of the job.
+    python benchmarks/cpu_dequantize.py [WORD ...]
+
+All candidates of a line take turns; results are compared first. ``WORD`` selects lines by what they are called, as in
+``int4``. Every result of an op is new memory, and what it costs to get that from the system is a part of the job: so
+``copy`` and ``fill``, which are torch's, are shown for memory that is there already and for memory that is new.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -16,30 +17,18 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize as peer_dequantize
+from harness.bars import Bar, Cost, Report
+from harness.ceilings import describe_machine, reader
+from harness.measuring import Candidate, medians
 
 from compressed_format import bitpack, ops
 
-ROUNDS = 11
 SHAPE = (14336, 4096)
 SLAB_ROWS = 256
 """What streaming jobs hold at once: 2 MB."""
 BAR = 12.0
 """GB/s of bfloat16 output, for the first three."""
 Candidates = dict[str, Callable[[], object]]
-
-
-def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def medians(candidates: Candidates) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(ROUNDS):
-        for name, function in candidates.items():
-            times[name].append(seconds(function))
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def in_slabs(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, *layout: int) -> None:
@@ -50,8 +39,8 @@ def in_slabs(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor 
         ops.dequantize(codes[rows], scale[rows], of_rows, None, None, *layout)
 
 
-def integers(bits: int, group_size: int | None, symmetric: bool = True) -> Candidates:
-    """Ours and the peer's, packed below 8 bits; their results are compared first."""
+def integers(bits: int, group_size: int | None, symmetric: bool = True) -> tuple[Candidates, int]:
+    """Ours and the peer's, packed below 8 bits, and the bytes that they read."""
     rows, columns = SHAPE
     half = 1 << (bits - 1)
     codes = torch.randint(-half, half, SHAPE, dtype=torch.int8)
@@ -75,10 +64,11 @@ def integers(bits: int, group_size: int | None, symmetric: bool = True) -> Candi
         return peer_dequantize(unpacked, scale, zero_point, args)
 
     assert torch.equal(ours(), peer())
-    return {"native": ours, "in slabs": slabs, "peer": peer}
+    nbytes = sum(tensor.nbytes for tensor in (stored, scale, zero_point) if tensor is not None)
+    return {"native": ours, "in slabs": slabs, "peer": peer}, nbytes
 
 
-def floats() -> Candidates:
+def floats() -> tuple[Candidates, int]:
     codes = torch.randn(SHAPE).to(torch.float8_e4m3fn)
     scale = (torch.rand(SHAPE[0], 1) / 100 + 0.001).to(torch.bfloat16)
     args = QuantizationArgs(num_bits=8, type="float", strategy="channel")
@@ -86,14 +76,14 @@ def floats() -> Candidates:
     ours = partial(ops.dequantize, codes, scale, None, None, None, *layout)
     peer = partial(peer_dequantize, codes, scale, None, args)
     assert torch.equal(ours(), peer())
-    return {"native": ours, "in slabs": partial(in_slabs, codes, scale, None, *layout), "peer": peer}
+    slabs = partial(in_slabs, codes, scale, None, *layout)
+    return {"native": ours, "in slabs": slabs, "peer": peer}, codes.nbytes + scale.nbytes
 
 
 def main() -> None:
-    info = ops.backend_info()
-    if ops.native_library() is None:
-        raise SystemExit(f"no native library: {info['libraries']['cpu']['reason']}")
-    print(f"torch {info['torch']}, {info['cpu']}, {SHAPE[0]} x {SHAPE[1]} to bfloat16")
+    torch.manual_seed(0)
+    report = Report("unpack + dequantize")
+    report.line(describe_machine())
     dense = torch.randn(SHAPE).to(torch.bfloat16)
     target = torch.empty_like(dense)
     ceilings: Candidates = {
@@ -102,10 +92,10 @@ def main() -> None:
         "fill, new memory": lambda: torch.ones_like(dense),
         "copy, new memory": lambda: dense.clone(),
     }
-    for name, median in medians(ceilings).items():
-        print(f"{name:30} {median * 1e3:8.2f} ms {dense.nbytes / median / 1e9:8.2f} GB/s written")
-    print(f"\n{'':30} {'ms':>8} {'GB/s out':>9} {'in slabs':>9} {'peer ms':>8} {'faster by':>10}")
-    works: dict[str, tuple[Callable[[], Candidates], float | None]] = {
+    found = medians({name: Candidate(function) for name, function in ceilings.items()})
+    written = (f"{name} {dense.nbytes / seconds / 1e9:.2f} GB/s" for name, seconds in found.items())
+    report.line(f"written: {'; '.join(written)}")
+    works: dict[str, tuple[Callable[[], tuple[Candidates, int]], float | None]] = {
         "int4 group 128": (lambda: integers(4, 128), BAR),
         "int8 channel": (lambda: integers(8, None), BAR),
         "FP8 channel": (floats, BAR),
@@ -114,14 +104,20 @@ def main() -> None:
         "int6 channel": (lambda: integers(6, None), None),
     }
     for name, (make, bar) in works.items():
-        found = medians(make())
-        rate = dense.nbytes / found["native"] / 1e9
-        verdict = "" if bar is None else f"  {'pass' if rate >= bar else 'MISSED'} (bar {bar:g} GB/s)"
-        peer = found["peer"]
-        ratio = f"{peer / found['native']:.1f} x"
-        slabs = f"{dense.nbytes / found['in slabs'] / 1e9:9.2f}"
-        ours = f"{found['native'] * 1e3:8.2f} {rate:9.2f} {slabs}"
-        print(f"{name:30} {ours} {peer * 1e3:8.1f} {ratio:>10}{verdict}", flush=True)
+        if not all(word in name for word in sys.argv[1:]):
+            continue
+        functions, stored = make()
+        found = medians({**{what: Candidate(function) for what, function in functions.items()}, "read": reader()})
+        read = 1 / found.pop("read")
+        rate = {what: dense.nbytes / seconds / 1e9 for what, seconds in found.items()}
+        report.line(
+            f"{name}: {rate['native']:.2f} GB/s out, in slabs {rate['in slabs']:.2f}, "
+            f"compressed-tensors {rate['peer']:.2f} ({rate['native'] / rate['peer']:.1f} times slower)"
+        )
+        if bar is not None:
+            cost = Cost(found["native"], stored + dense.nbytes, reading=read)
+            report.add(Bar(f"unpack + dequantize {name}", "of bf16 output", rate["native"], bar, "GB/s", cost=cost))
+    report.finish()
 
 
 if __name__ == "__main__":

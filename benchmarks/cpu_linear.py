@@ -8,27 +8,27 @@ each on weights that come to more than 400 MB and are used one after the other, 
 
 Rivals: ``bf16`` is torch's dense product; ``int4pack``, ``int8pack`` and ``_int_mm`` are torch's kernels for
 quantized weights, the last one for activations that somebody else has quantized; ``Q4_0`` (repacked), ``Q4_K`` and
-``Q8_0`` are ggml's, which quantize activations to 8 bits. ``--ggml`` names a build of it, which ``harness/ggml.py``
-says how to make. Without one its times are those of ``results/cpu_rivals.json``, scaled by ``bf16`` on the same line;
-``--record`` writes such a file. Each candidate's result is held against the dense product before it is timed.
+``Q8_0`` are ggml's, which quantize activations to 8 bits. ``make ggml`` builds it, ``--ggml`` names another build.
+Without one its times are those of ``results/cpu_rivals.json``, scaled by ``bf16`` on the same line; ``--record`` writes
+such a file. Each candidate's result is held against the dense product before it is timed.
 
-Shares are of what is measured in the same run: at one token, bytes of weights, scales and zero points a second of what
-loads alone reach; at many, operations of the peak of bfloat16 instructions.
+Shares are of what is measured in the same run: bytes a second of weights, scales and zero points, of what reading
+alone reaches in its turns on the same line; and operations, of the peak of bfloat16 instructions.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from harness.bars import Bar, Report
+from harness.bars import Bar, Cost, Report
 from harness.ceilings import describe_machine, peak, reader
-from harness.ggml import Ggml, Weights
+from harness.ggml import Ggml, Weights, find_ggml
 from harness.measuring import Candidate, copies_to_rotate, medians, rotated
 
 from compressed_format import bitpack, ops
@@ -162,19 +162,17 @@ class Want:
     bound: float
     rivals: tuple[str, ...]
 
-    def bar(self, work: str, found: dict[str, float], nbytes: int, scaled: bool) -> Bar | None:
+    def bar(self, work: str, found: dict[str, float], cost: Cost, scaled: Collection[str]) -> Bar | None:
         times = {name: found[name] for name in self.rivals if name in found}
         if not times:
             return None
         best = min(times, key=times.__getitem__)
         ratio = times[best] / found[OURS]
         if best == READ:
-            return Bar(work, "of the read rate", 100 * ratio * nbytes, 100 * self.bound, "%")
-        note = "scaled from results/" if scaled and best.startswith("Q") else ""
+            return Bar(work, "of the read rate", 100 * ratio * cost.nbytes, 100 * self.bound, "%", cost=cost)
         what = best if len(self.rivals) == 1 else f"the best of {', '.join(self.rivals)}"
-        return Bar(
-            work, what, ratio, self.bound, note=note if len(self.rivals) == 1 else f"{best}; {note}".rstrip("; ")
-        )
+        note = ", ".join([best] * (len(self.rivals) > 1) + ["scaled"] * (best in scaled))
+        return Bar(work, what, ratio, self.bound, note=note, cost=cost)
 
 
 @dataclass(frozen=True)
@@ -271,17 +269,24 @@ class Benchmark:
         for tokens, wants in wanted.items():
             input = torch.randn(tokens, shape[1]).to(torch.bfloat16)
             candidates = self.candidates(packed, of_torch, of_ggml, input)
-            if any(READ in want.rivals for want in wants):
-                candidates[READ] = reader()
+            candidates[READ] = reader()
             found = medians(candidates, self.seconds)
             key = f"{shape[0]}x{shape[1]} M={tokens}"
             scaled = self.scaled(key, found, family)
             self.recorded.setdefault(key, {}).update(
                 {name: round(found[name] * 1e6, 1) for name in found if name not in (OURS, READ)}
             )
-            self.print_line(self.title(family, shape, tokens), packed, found, scaled, tokens)
+            operations = 2 * tokens * packed.dense.numel()
+            cost = Cost(found[OURS], packed.nbytes, operations, 1 / found[READ], peak()[0])
+            rivals = [f"{name} {time * 1e6:.0f}" for name, time in found.items() if name not in (OURS, READ)]
+            rivals += [f"{name} {time * 1e6:.0f} (scaled)" for name, time in scaled.items()]
+            title = self.title(family, shape, tokens)
+            self.report.line(
+                f"{title}: {found[OURS] * 1e6:.0f} us, {cost.bytes_rate} of {cost.reading / 1e9:.1f} read, "
+                f"{cost.operations_rate} of the peak; {', '.join(rivals)}"
+            )
             for want in wants:
-                bar = want.bar(self.title(family, shape, tokens), {**found, **scaled}, packed.nbytes, bool(scaled))
+                bar = want.bar(title, {**found, **scaled}, cost, scaled)
                 if bar is not None:
                     self.report.add(bar)
 
@@ -294,8 +299,8 @@ class Benchmark:
     ) -> dict[str, Candidate]:
         """Each of them, once its result has been found to be right."""
         some = input[:CHECKED_TOKENS]
-        expected = some.float() @ packed.dense.float().T
-        of_rounded = packed.rounded(some).float() @ packed.dense.float().T
+        both = torch.cat((some, packed.rounded(some))).float()
+        expected, of_rounded = (both @ packed.dense.float().T).chunk(2)
         check(OURS, packed.product(input, packed.tensors), of_rounded)
         candidates = {OURS: rotated(partial(packed.product, input), packed.copies)}
         for name, (weights, multiply) in of_torch.items():
@@ -321,20 +326,6 @@ class Benchmark:
         missing = [name for name in family.rivals if name not in found and name in recorded]
         return {name: recorded[name] / recorded[DENSE] * found[DENSE] for name in missing}
 
-    def print_line(
-        self, title: str, packed: Packed, found: dict[str, float], scaled: dict[str, float], tokens: int
-    ) -> None:
-        ours = found[OURS]
-        operations = 2 * tokens * packed.dense.numel() / ours
-        figures = f"{packed.nbytes / ours / 1e9:.1f} GB/s"
-        if READ in found:
-            figures += f" of {1 / found[READ] / 1e9:.1f} read"
-        if tokens > 1:
-            figures = f"{operations / 1e9:.0f} GFLOP/s, {operations / peak()[0]:.0%} of the peak"
-        rivals = [f"{name} {time * 1e6:.0f}" for name, time in found.items() if name not in (OURS, READ)]
-        rivals += [f"{name} {time * 1e6:.0f} (scaled)" for name, time in scaled.items()]
-        self.report.line(f"{title}: {ours * 1e6:.0f} us, {figures}; {', '.join(rivals)}")
-
 
 def check(name: str, result: torch.Tensor, expected: torch.Tensor) -> None:
     error = float((result[: len(expected)].float() - expected).norm() / expected.norm())
@@ -344,13 +335,18 @@ def check(name: str, result: torch.Tensor, expected: torch.Tensor) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Linear layers on the CPU against torch and ggml.")
-    parser.add_argument("--ggml", type=Path, metavar="FOLDER", help="a build of ggml")
+    parser.add_argument("--ggml", type=Path, metavar="FOLDER", help="a build of ggml, if not build/ggml")
     parser.add_argument("--record", type=Path, metavar="FILE", help="where to write the times of rivals")
     parser.add_argument("--seconds", type=float, default=2.0, help="how long to measure a line")
     parser.add_argument("words", nargs="*", metavar="WORD")
     options = parser.parse_args()
-    benchmark = Benchmark(options.words, options.ggml and Ggml(options.ggml), options.seconds)
+    benchmark = Benchmark(options.words, find_ggml(options.ggml), options.seconds)
     benchmark.report.line(describe_machine())
+    if benchmark.ggml is None:
+        benchmark.report.line(
+            f"ggml is not here (`make ggml` builds it): its times are those of {RECORDED.name} over those of torch's "
+            "dense product there, times that of this run, on each line"
+        )
     benchmark.run()
     if options.record:
         options.record.write_text(json.dumps(benchmark.recorded, indent=2) + "\n")

@@ -168,7 +168,10 @@ def measure(case: Case, folder: Path) -> None:
 
 
 def write_checkpoint(case: Case, folder: Path) -> tuple[int, int]:
-    """A folder of one sparse file; how many tensors it holds, and of how many bytes."""
+    """A folder of one sparse file, laid out as safetensors lays out what it writes: by falling item size, then by name.
+
+    Returns how many tensors it holds, and how many bytes it takes.
+    """
     specs: Specs = {}
     shapes: dict[str, tuple[int, int]] = {}
     for name, shape in dense_shapes(case.size).items():
@@ -181,6 +184,8 @@ def write_checkpoint(case: Case, folder: Path) -> tuple[int, int]:
         specs[f"{module}.weight_scale"] = "bfloat16", (rows, columns // GROUP)
         specs[f"{module}.weight_shape"] = "int64", (2,)
         shapes[f"{module}.weight_shape"] = rows, columns
+    sizes = {"int64": 8, "int32": 4, "bfloat16": 2}
+    specs = dict(sorted(specs.items(), key=lambda item: (-sizes[item[1][0]], item[0])))
     header = build_header(((name, *spec) for name, spec in specs.items()), {"format": "pt"})
     position = len(header)
     with (folder / "model.safetensors").open("wb") as file:

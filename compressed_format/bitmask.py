@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["bytes_of", "expand_bitmask", "expand_mask", "pack_bitmask", "unpack_bitmask"]
+__all__ = ["bytes_of", "expand_bitmask", "expand_mask", "nonzero", "pack_bitmask", "unpack_bitmask"]
 
 
 def pack_bitmask(mask: torch.Tensor) -> torch.Tensor:
@@ -33,6 +33,12 @@ def unpack_bitmask(bitmask: torch.Tensor, columns: int) -> torch.Tensor:
     bits = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
     mask: torch.Tensor = (bitmask.unsqueeze(-1) >> bits & 1).flatten(-2)[..., :columns]
     return mask.to(torch.bool)
+
+
+def nonzero(weight: torch.Tensor) -> torch.Tensor:
+    """Which values are not zero; what is not a number is not."""
+    # torch compares no float8.
+    return (weight.to(torch.float32) if weight.dtype == torch.float8_e4m3fn else weight) != 0
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,7 @@ def main() -> None:
     error = (loaded(inputs) - expected).norm() / expected.norm()
     print(f"relative error of the output: {error:.3f}")
     dense = decompress(loaded)
-    assert torch.equal(dense(inputs), model(inputs))
+    torch.testing.assert_close(dense(inputs), model(inputs))
 
 
 if __name__ == "__main__":

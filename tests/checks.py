@@ -7,7 +7,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+
+from compressed_format import ops
 
 GOLDEN = Path(__file__).parent / "golden"
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -27,6 +30,36 @@ def assert_same_tensors(actual: dict[str, torch.Tensor], expected: dict[str, tor
     assert sorted(actual) == sorted(expected)
     for name, tensor in expected.items():
         assert_same_bits(actual[name], tensor, name)
+
+
+def assert_product(
+    actual: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> None:
+    """``actual`` is ``input @ weight.T + bias`` but for roundings of the weight and of the result to its dtype.
+
+    Kernels sum in an order of their own, and may round a weight or not, so that the last bits are theirs.
+    """
+    assert actual.shape == (*input.shape[:-1], weight.shape[0])
+    wide, exact_weight = input.detach().double(), weight.detach().double()
+    added = torch.zeros(weight.shape[0]).double() if bias is None else bias.detach().double()
+    exact = wide @ exact_weight.T + added
+    magnitude = wide.abs() @ exact_weight.abs().T + added.abs()
+    # Sums are made in float32, and may be those of codes that are not zero where the weight is.
+    summed = wide.abs().sum(-1, keepdim=True) * exact_weight.abs().amax(1)
+    allowed = sum(torch.finfo(tensor.dtype).eps for tensor in (actual, weight)) * magnitude
+    allowed += torch.finfo(torch.float32).eps * summed
+    if not ((actual.detach().double() - exact).abs() <= allowed).all():
+        raise AssertionError(f"is not the product:\n{actual}\n{exact}\nallowed are differences of\n{allowed}")
+
+
+def use_exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let modules compute products as the ops define them, bit for bit those of torch, and not as kernels make them.
+
+    Where a sum differs in its last bit, the code of an activation made of it may differ by one.
+    """
+    for name in ops.__all__:
+        if "linear" in name:
+            monkeypatch.setattr(ops, name, getattr(torch.ops.compressed_format, f"{name}_reference").default)
 
 
 def byte_view(tensor: torch.Tensor) -> torch.Tensor:

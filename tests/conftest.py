@@ -10,6 +10,7 @@ import torch
 from hypothesis import settings
 
 from compressed_format import ops
+from tests.checks import use_exact_products
 
 # Tests bound work, not time: the first call of an op or of the compiler may take seconds.
 settings.register_profile("project", deadline=None, print_blob=True)
@@ -40,3 +41,9 @@ def dequantized(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
     monkeypatch.setattr(ops, "dequantize", counted)
     return made
+
+
+@pytest.fixture
+def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products as the ops define them, for models that round their activations."""
+    use_exact_products(monkeypatch)

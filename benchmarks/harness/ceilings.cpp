@@ -37,24 +37,25 @@ extern "C" uint64_t read_memory(const char* begin, size_t bytes) {
   return total;
 }
 
-// Does `steps` times twelve products of 32 pairs of bfloat16, each of which is added to a sum of its own, and returns
+// Does `steps` times `kProducts` products of 32 pairs of bfloat16, each of which is added to a sum of its own, and returns
 // the number of floating-point operations of that: 0 where there is no such instruction.
 extern "C" double multiply_bfloat16(uint64_t steps, float* sink) {
 #if defined(__AVX512BF16__)
-  constexpr int kProducts = 12;
+  // Enough that none waits for the one before: with twelve, Zen 5 reaches 92 % of what it does with twenty-four.
+  constexpr int kProducts = 24;
   const __m512bh factor = reinterpret_cast<__m512bh>(_mm512_set1_epi32(0x3f803f80));
   // Every loop over them is unrolled, or they would lie in memory.
   __m512 sums[kProducts];
-#pragma GCC unroll 12
+#pragma GCC unroll 24
   for (int number = 0; number < kProducts; ++number) sums[number] = _mm512_setzero_ps();
   for (uint64_t step = 0; step < steps; ++step) {
-#pragma GCC unroll 12
+#pragma GCC unroll 24
     for (int number = 0; number < kProducts; ++number) {
       sums[number] = _mm512_dpbf16_ps(sums[number], factor, factor);
       asm volatile("" : "+v"(sums[number]));
     }
   }
-#pragma GCC unroll 12
+#pragma GCC unroll 24
   for (int number = 1; number < kProducts; ++number) sums[0] = _mm512_add_ps(sums[0], sums[number]);
   *sink = _mm512_reduce_add_ps(sums[0]);
   return static_cast<double>(steps) * kProducts * 32 * 2;

@@ -1,24 +1,24 @@
 """ggml's products of a quantized weight, through its C interface.
 
-    pip download --no-binary llama-cpp-python --no-deps llama-cpp-python && tar xf llama_cpp_python-*.tar.gz
-    cd llama_cpp_python-*/vendor/llama.cpp/ggml && touch ggml.pc.in     # which the package leaves out
-    cmake -B build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON && cmake --build build -j
-
-makes the libraries, and ``--ggml FOLDER`` names that build. One graph multiplies by all the weights that are rotated,
-one after the other, as it does for a model: starting it is paid for once.
+``make ggml`` builds the libraries for this machine, out of the source package of llama-cpp-python, into ``build/ggml``;
+they are looked for there unless ``--ggml FOLDER`` names another build. One graph multiplies by many of the weights that
+are rotated, one after the other, as it does for a model: starting it is paid for once.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
 
 import torch
 
-from harness.measuring import Candidate, copies_to_rotate
+from harness.measuring import Candidate, copies_to_rotate, rotated
 
-__all__ = ["Ggml", "Weights"]
+__all__ = ["Ggml", "Weights", "find_ggml"]
+
+BUILT = Path(__file__).parents[2] / "build" / "ggml"
 
 TYPES = {"Q4_0": 2, "Q8_0": 8, "Q4_K": 12}
 REPACKED = ("Q4_0", "Q4_K")
@@ -26,6 +26,8 @@ REPACKED = ("Q4_0", "Q4_K")
 ERRORS = {"Q4_0": 0.13, "Q4_K": 0.11, "Q8_0": 0.02}
 """Relative RMS of the result against the dense product, beyond which it would be a wrong one."""
 FLOAT32 = 0
+OPERATIONS_OF_GRAPH = 10e9
+"""Some 20 ms: a graph of all weights would take seconds where there are many tokens."""
 
 
 class Parameters(ctypes.Structure):
@@ -57,6 +59,13 @@ FUNCTIONS: dict[str, tuple[type | None, list[type]]] = {
 }
 
 
+def find_ggml(folder: Path | None) -> Ggml | None:
+    """The build in a folder, or what ``make ggml`` has built, or ``None``."""
+    if folder is not None:
+        return Ggml(folder)
+    return Ggml(BUILT) if BUILT.is_dir() else None
+
+
 class Ggml:
     """The libraries of a build."""
 
@@ -78,17 +87,20 @@ class Ggml:
     def find(folder: Path, name: str) -> Path:
         found = next(folder.rglob(name), None)
         if found is None:
-            raise SystemExit(f"there is no {name} in {folder}; harness/ggml.py says how to build it")
+            raise SystemExit(f"there is no {name} in {folder}; `make ggml` builds it")
         return found
 
     def candidate(self, weights: Weights, input: torch.Tensor, expected: torch.Tensor) -> Candidate:
-        """Multiplies ``input`` by all copies of a weight; the first rows of a result are held against ``expected``."""
-        graph = Graph(self, weights, input)
-        graph.compute()
-        error = float((graph.first_result()[: len(expected)] - expected).norm() / expected.norm())
+        """Multiplies ``input`` by the copies of a weight; the first rows of a result are held against ``expected``."""
+        operations = 2 * input.shape[0] * weights.rows * weights.columns
+        size = min(weights.copies, math.ceil(OPERATIONS_OF_GRAPH / operations))
+        tensors = [weights.tensors[number % weights.copies] for number in range(weights.copies + size - 1)]
+        graphs = [Graph(self, weights, input, tensors[at : at + size]) for at in range(0, weights.copies, size)]
+        graphs[0].compute()
+        error = float((graphs[0].first_result()[: len(expected)] - expected).norm() / expected.norm())
         if not error <= ERRORS[weights.type_name]:
             raise SystemExit(f"ggml's {weights.type_name} differs from the dense product by {error:.3f} of it")
-        return Candidate(graph.compute, weights.copies)
+        return Candidate(rotated(Graph.compute, graphs).function, size)
 
     def buffer_type(self, repacked: bool) -> int:
         """That of plain memory, or of memory in which weights get the order that ggml's faster kernels want."""
@@ -146,15 +158,15 @@ class Weights:
 
 
 class Graph:
-    """Products of one input with all weights."""
+    """Products of one input with some of the weights."""
 
-    def __init__(self, ggml: Ggml, weights: Weights, input: torch.Tensor) -> None:
+    def __init__(self, ggml: Ggml, weights: Weights, input: torch.Tensor, tensors: list[int]) -> None:
         self.ggml, self.weights = ggml, weights
         self.shape = input.shape[0], weights.rows
         self.context = Context(ggml)
         source = self.context.matrix(FLOAT32, weights.columns, input.shape[0])
-        self.results = [ggml.mul_mat(self.context.handle, tensor, source) for tensor in weights.tensors]
-        self.graph = ggml.new_graph_custom(self.context.handle, weights.copies + 1, False)
+        self.results = [ggml.mul_mat(self.context.handle, tensor, source) for tensor in tensors]
+        self.graph = ggml.new_graph_custom(self.context.handle, len(tensors) + 1, False)
         for result in self.results:
             ggml.build_forward_expand(self.graph, result)
         self.context.allocate(ggml.buffer_type(repacked=False))

@@ -10,12 +10,13 @@ from collections.abc import Mapping
 
 import torch
 
-from compressed_format.bitmask import bytes_of, expand_mask, pack_bitmask, unpack_bitmask
+from compressed_format import ops
+from compressed_format.bitmask import expand_mask, unpack_bitmask
 from compressed_format.config import CompressionFormat
 from compressed_format.errors import FormatError, Problem
 from compressed_format.formats.base import FLOAT_DTYPES, TensorSpec, check_tensors
 
-__all__ = ["Sparse24Bitmask", "SparseBitmask", "first_dense_quad", "prune_2_of_4"]
+__all__ = ["Sparse24Bitmask", "SparseBitmask", "prune_2_of_4"]
 
 _VALUE_DTYPES = (*FLOAT_DTYPES, torch.int8, torch.float8_e4m3fn)
 
@@ -39,13 +40,12 @@ class SparseBitmask:
     def encode(self, weight: torch.Tensor, *, place: str = "") -> dict[str, torch.Tensor]:
         """The tensors that hold the values or codes ``weight`` ``[O, I]``."""
         _check_matrix(weight, place)
-        mask = _nonzero(weight)
-        counts = mask.sum(dim=-1)
+        compressed, bitmask, row_offsets = ops.compress_bitmask(weight)
         return {
             "shape": torch.tensor(weight.shape, dtype=torch.int64, device=weight.device),
-            "compressed": _select(weight, mask),
-            "bitmask": pack_bitmask(mask),
-            "row_offsets": counts.cumsum(0) - counts,
+            "compressed": compressed,
+            "bitmask": bitmask,
+            "row_offsets": row_offsets,
         }
 
     def decode(self, tensors: Mapping[str, torch.Tensor], *, place: str = "") -> torch.Tensor:
@@ -86,23 +86,18 @@ class Sparse24Bitmask:
         """
         _check_matrix(weight, place)
         _check_quads(weight, place)
-        offender = first_dense_quad(weight)
-        if offender is not None:
-            row, column = offender
+        compressed, bitmask, crowded = ops.compress_2_of_4(weight)
+        if crowded >= 0:
+            row, column = divmod(int(crowded), weight.shape[1])
             message = (
                 f"is not 2:4: more than two of the four values from row {row}, column {column} on are not zero; "
                 "prune it first"
             )
             raise FormatError(problems=[Problem(place, message)])
-        # Which zeros fill a group of four with fewer than two values is arbitrary, and readers do not care; this is the
-        # choice of the files that exist, whose writer left it to topk on the CPU.
-        quads = _magnitude(weight).unflatten(-1, (-1, 4)).cpu()
-        kept = quads.topk(2, dim=-1).indices
-        mask = quads.new_zeros(quads.shape, dtype=torch.bool).scatter_(-1, kept, True).flatten(-2).to(weight.device)
         return {
             "shape": torch.tensor(weight.shape, dtype=torch.int64, device=weight.device).unsqueeze(-1),
-            "compressed": _select(weight, mask).reshape(weight.shape[0], weight.shape[1] // 2),
-            "bitmask": pack_bitmask(mask),
+            "compressed": compressed,
+            "bitmask": bitmask,
         }
 
     def decode(self, tensors: Mapping[str, torch.Tensor], *, place: str = "") -> torch.Tensor:
@@ -127,34 +122,7 @@ class Sparse24Bitmask:
 def prune_2_of_4(weight: torch.Tensor, *, place: str = "weight") -> torch.Tensor:
     """``weight`` ``[O, I]`` with the two smaller magnitudes of each four columns set to zero; ties keep the left."""
     _check_quads(weight, place)
-    quads = weight.abs().unflatten(-1, (-1, 4))
-    kept = quads.argsort(dim=-1, descending=True, stable=True)[..., :2]
-    mask = torch.zeros(quads.shape, dtype=torch.bool, device=weight.device).scatter_(-1, kept, True).flatten(-2)
-    return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
-
-
-def first_dense_quad(weight: torch.Tensor) -> tuple[int, int] | None:
-    """Row and first column of the first group of four columns with more than two non-zero values, or None."""
-    dense = _nonzero(weight).unflatten(-1, (-1, 4)).sum(dim=-1) > 2
-    if not dense.any():
-        return None
-    row, quad = dense.nonzero()[0].tolist()
-    return row, quad * 4
-
-
-def _nonzero(weight: torch.Tensor) -> torch.Tensor:
-    return _magnitude(weight) != 0
-
-
-def _magnitude(weight: torch.Tensor) -> torch.Tensor:
-    """Magnitudes in a dtype that can be compared: those of int8 need 16 bits for -128, float8 compares as float32."""
-    if weight.dtype == torch.int8:
-        return weight.to(torch.int16).abs()
-    return (weight.to(torch.float32) if weight.dtype == torch.float8_e4m3fn else weight).abs()
-
-
-def _select(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return bytes_of(weight)[mask].view(weight.dtype)
+    return ops.prune_2_of_4(weight)
 
 
 def _check_matrix(weight: torch.Tensor, place: str) -> None:

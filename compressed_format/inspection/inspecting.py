@@ -96,7 +96,7 @@ class _Found:
         key = _scheme_key(module.assignment)
         self.schemes.setdefault(key, set()).update({module.assignment.group} - {None})  # type: ignore[arg-type]
         kind = module.kind or "Linear"
-        self.ops.setdefault(key, {})[_op(module.name, kind)] = None
+        self.ops.setdefault(key, {})[_op(module.name, kind, module.assignment.scheme)] = None
         shape = module.shape
         assert shape is not None  # a compressed module has a weight, or its layout raises
         index = list(self.schemes).index(key)
@@ -139,10 +139,11 @@ def _scheme_key(assignment: Assignment) -> _SchemeKey:
     return alike, assignment.format, assignment.sparsity
 
 
-def _op(module: str, kind: str) -> str:
+def _op(module: str, kind: str, scheme: QuantizationScheme | None) -> str:
     if kind == "Embedding":
         return "embedding"
-    return "linear" if without_experts(module) == module else "expert_linear"
+    op = "linear" if scheme is None or scheme.input_activations is None else "quantized_linear"
+    return op if without_experts(module) == module else f"expert_{op}"
 
 
 def _title(scheme: QuantizationScheme | None, sparsity: CompressionFormat | None) -> str:

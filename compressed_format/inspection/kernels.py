@@ -13,7 +13,9 @@ __all__ = ["OPS_WITH_KERNELS", "REFERENCE", "Kernel", "KernelProblem", "kernel_f
 REFERENCE = "reference"
 """The name of what is no kernel: an op's definition in plain torch."""
 
-OPS_WITH_KERNELS: frozenset[str] = frozenset({"embedding", "fake_quantize"})
+OPS_WITH_KERNELS: frozenset[str] = frozenset(
+    {"embedding", "linear", "quantized_linear", "expert_linear", "expert_quantized_linear"}
+)
 """The ops that run modules and for which :func:`kernel_for` knows when their kernels are chosen."""
 
 
@@ -52,7 +54,9 @@ def kernel_for(problem: KernelProblem, backend: Mapping[str, Any], *, device: st
         reason = f"there is no native library for {device}"
     elif library["path"] is None:
         reason = f"the native library is not in use: {library['reason']}"
-    elif problem.op in OPS_WITH_KERNELS and problem.op in backend["kernels"] and problem.sparsity is None:
+    elif problem.op == "embedding" and problem.sparsity is not None:
+        reason = "rows of sparse tables have no native kernel"
+    elif problem.op in OPS_WITH_KERNELS and problem.op in backend["kernels"]:
         kernels = ", ".join(backend["kernels"][problem.op])
         return Kernel(problem.op, device, backend["cpu"]["instructions"], kernels)
     else:

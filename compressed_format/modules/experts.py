@@ -15,10 +15,10 @@ from torch import nn
 
 from compressed_format import ops
 from compressed_format.activations import WHOLE_TENSOR, activation_scale
-from compressed_format.bitmask import bytes_of
 from compressed_format.config import CompressionFormat, QuantizationScheme
 from compressed_format.config.experts import ExpertStack
 from compressed_format.modules.base import CompressedModule, compressed_modules
+from compressed_format.modules.expert_values import range_of_experts, rows_at
 from compressed_format.modules.offloading import offloaded_state, onloaded
 from compressed_format.quantization import QuantizedWeight
 
@@ -56,17 +56,23 @@ class CompressedExpertLinear(CompressedModule):
     def forward(self, input: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """``input`` ``[T, I]`` and ``experts`` int64 ``[T, k]`` to ``[T, k, O]``, in the dtype of ``input``.
 
-        Expert ``E`` stands for none: its outputs are zero.
+        Expert ``E`` stands for none: its outputs are zero. Under autocast, activations are rounded first, in their own
+        dtype, and then multiplied in that of autocast, as torch does with any two ops.
         """
         weight = self._weight_tensors()  # checked before activations are rounded
-        if self._input is not None and not self._input_of_tokens:
+        if self._input is None:
+            output = ops.expert_linear(input, experts, *weight, *self._layout)
+        elif not torch.is_autocast_enabled(input.device.type):
+            static = self._parameters.get("input_scale"), self._parameters.get("input_zero_point")
+            output = ops.expert_quantized_linear(input, *static, *self._input, experts, *weight, *self._layout)
+        elif self._input_of_tokens:
+            output = ops.expert_linear(self._quantize_input(input), experts, *weight, *self._layout)
+        else:
             # The scales differ from expert to expert, so each token is rounded for each of its own.
             input = input.unsqueeze(1).expand(-1, experts.shape[1], -1)
             input = self._quantize_for_experts(input, experts, "input").flatten(0, 1)
             output = ops.expert_linear(input, experts.reshape(-1, 1), *weight, *self._layout)
             output = output.reshape(*experts.shape, self.out_features)
-        else:
-            output = ops.expert_linear(self._quantize_input(input), experts, *weight, *self._layout)
         return self._quantize_for_experts(output, experts, "output")
 
     @property
@@ -86,13 +92,13 @@ class CompressedExpertLinear(CompressedModule):
             return ops.fake_quantize(values, None, None, *arguments)
         if scale is None:
             bits, is_float, symmetric, _ = arguments
-            ends = _range_of_experts(values, experts, self.num_experts)
+            ends = range_of_experts(values, experts, self.num_experts)
             scale, zero_point = (
                 None if found is None else found.unsqueeze(-1)
                 for found in activation_scale(*ends, bits, is_float, symmetric)
             )
         routed = experts.clamp(max=self.num_experts - 1)
-        return ops.fake_quantize(values, _rows(scale, routed), _rows(zero_point, routed), *arguments)
+        return ops.fake_quantize(values, rows_at(scale, routed), rows_at(zero_point, routed), *arguments)
 
     def checkpoint_parts(
         self, name: str, given: Mapping[str, torch.Tensor] | None = None
@@ -166,6 +172,9 @@ class CompressedExperts(nn.Module):
     act_fn: Callable[[torch.Tensor], torch.Tensor]
     post_expert_norm: Callable[[torch.Tensor], torch.Tensor]
     _apply_gate: Callable[[torch.Tensor], torch.Tensor]
+    # Whether that class leaves it to transformers how gate and up meet: act_fn(gate) * up. There is then no need to put
+    # them into one tensor first, which would only be taken apart again.
+    _applies_gate_by_default = False
     # transformers initialises a module by its class, and would look for the weights that are gone.
     _is_hf_initialized = True
 
@@ -178,8 +187,11 @@ class CompressedExperts(nn.Module):
         up = self.up_proj(hidden_states, top_k_index)
         if self.has_gate:
             gate = self.gate_proj(hidden_states, top_k_index)
-            fused = fuse_gate_and_up(self, gate, up)
-            hidden = self._apply_gate(fused if bias is None else fused + self.gate_up_proj_bias[bias])
+            if bias is None and self._applies_gate_by_default:
+                hidden = self.act_fn(gate) * up
+            else:
+                fused = fuse_gate_and_up(self, gate, up)
+                hidden = self._apply_gate(fused if bias is None else fused + self.gate_up_proj_bias[bias])
         else:
             hidden = self.act_fn(up if bias is None else up + self.up_proj_bias[bias])
         output = self.down_proj(hidden.flatten(0, 1), top_k_index.reshape(-1, 1))
@@ -216,7 +228,14 @@ def fuse_gate_and_up(experts: Any, gate: torch.Tensor, up: torch.Tensor, dim: in
 def compressed_experts_class(original: Any) -> type[CompressedExperts]:
     """The class of compressed experts that takes the place of ``original``."""
     name = f"Compressed{original.__name__}"
-    return type(name, (CompressedExperts, original), {"__module__": __name__, "__doc__": CompressedExperts.__doc__})
+    applied = getattr(original, "_apply_gate", None)
+    place = getattr(applied, "__module__", None), getattr(applied, "__name__", None)
+    members = {
+        "__module__": __name__,
+        "__doc__": CompressedExperts.__doc__,
+        "_applies_gate_by_default": place == ("transformers.integrations.moe", "_default_apply_gate"),
+    }
+    return type(name, (CompressedExperts, original), members)
 
 
 def original_class(compressed: type[nn.Module]) -> Any:
@@ -241,23 +260,6 @@ def stack_tensors(suffix: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 _SET_BITS = torch.tensor([byte.bit_count() for byte in range(256)], device="cpu")
-
-
-def _range_of_experts(values: torch.Tensor, experts: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The least and the largest of all ``values`` ``[T, k, n]`` that go to each expert; zero where there are none."""
-    index = experts.flatten()
-    nothing = values.new_zeros(count + 1)
-    least = nothing.scatter_reduce(0, index, values.amin(dim=-1).flatten(), "amin", include_self=False)
-    largest = nothing.scatter_reduce(0, index, values.amax(dim=-1).flatten(), "amax", include_self=False)
-    return least[:count], largest[:count]
-
-
-def _rows(values: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | None:
-    """``values[index]``, through bytes: torch cannot pick among float8 zero points everywhere."""
-    if values is None:
-        return None
-    picked = bytes_of(values)[index]
-    return picked.view(values.dtype)
 
 
 def stored_modules(model: nn.Module) -> dict[str, CompressedModule]:

@@ -7,19 +7,25 @@ from compressed_format.ops.extension import backend_info, load_libraries, native
 from compressed_format.ops.fake_quantize import fake_quantize
 from compressed_format.ops.pack import pack_codes
 from compressed_format.ops.quantize import quantize
+from compressed_format.ops.quantized_experts import expert_quantized_linear
 from compressed_format.ops.quantized_linear import quantized_linear
 from compressed_format.ops.schemas import dequantize, embedding, linear
+from compressed_format.ops.sparse import compress_2_of_4, compress_bitmask, prune_2_of_4
 from compressed_format.ops.unpack import unpack_codes
 
 __all__ = [
     "backend_info",
+    "compress_2_of_4",
+    "compress_bitmask",
     "dequantize",
     "embedding",
     "expert_linear",
+    "expert_quantized_linear",
     "fake_quantize",
     "linear",
     "native_library",
     "pack_codes",
+    "prune_2_of_4",
     "quantize",
     "quantized_linear",
     "unpack_codes",

@@ -23,10 +23,10 @@ from compressed_format.ops.schemas import (
     register_autocast,
 )
 
-__all__ = ["expert_linear"]
+__all__ = ["check_experts", "expert_linear", "expert_linear_backward", "of_expert", "out_features", "routed_experts"]
 
 
-def _check(
+def check_experts(
     op: str, values: torch.Tensor, experts: torch.Tensor, weight: tuple[Any, ...], layout: tuple[int, ...]
 ) -> None:
     def fail(argument: str, message: str) -> None:
@@ -38,7 +38,7 @@ def _check(
     codes, bitmask = weight[0], weight[4]
     if bitmask is None and codes.ndim > 3:
         fail("weight", f"must be a matrix for each expert, not {codes.ndim - 1}-dimensional")
-    check_weight(op, *_of_expert(weight, 0), *layout)
+    check_weight(op, *of_expert(weight, 0), *layout)
     if experts.dtype != torch.int64 or experts.ndim != 2:
         fail("experts", f"must be int64 [tokens, experts of each], not {experts.dtype} {list(experts.shape)}")
     if values.dtype not in FLOATS:
@@ -47,7 +47,7 @@ def _check(
         fail("experts", f"must have a row for each of the {values.shape[0]} tokens, not {experts.shape[0]}")
 
 
-def _of_expert(weight: tuple[Any, ...], expert: int) -> Any:
+def of_expert(weight: tuple[Any, ...], expert: int) -> Any:
     return tuple(None if tensor is None else tensor[expert] for tensor in weight)
 
 
@@ -56,12 +56,12 @@ def _split(rest: tuple[Any, ...]) -> tuple[Any, Any]:
     return rest[:5], rest[5:]
 
 
-def _out_features(weight: tuple[Any, ...]) -> int:
+def out_features(weight: tuple[Any, ...]) -> int:
     codes, bitmask = weight[0], weight[4]
     return int(codes.shape[1] if bitmask is None else bitmask.shape[1])
 
 
-def _routed(op: str, experts: torch.Tensor, count: int) -> list[int]:
+def routed_experts(op: str, experts: torch.Tensor, count: int) -> list[int]:
     """The experts that some token is routed to, without the one that stands for none."""
     found: list[int] = experts.unique().tolist()
     if found and not 0 <= found[0] <= found[-1] <= count:
@@ -80,26 +80,35 @@ def _linear(input: torch.Tensor, experts: torch.Tensor, *rest: Any) -> torch.Ten
     There are ``E`` experts; number ``E`` stands for none, and gives zeros.
     """
     weight, layout = _split(rest)
-    output = input.new_zeros((*experts.shape, _out_features(weight)))
-    for expert in _routed("expert_linear", experts, weight[0].shape[0]):
+    output = input.new_zeros((*experts.shape, out_features(weight)))
+    for expert in routed_experts("expert_linear", experts, weight[0].shape[0]):
         tokens, slots = (experts == expert).nonzero(as_tuple=True)
-        rest_of_linear = (*_of_expert(weight, expert), None, *layout)
+        rest_of_linear = (*of_expert(weight, expert), None, *layout)
         output[tokens, slots] = reference.linear(input[tokens], *rest_of_linear)
     return output
 
 
 def _check_linear(input: torch.Tensor, experts: torch.Tensor, *rest: Any) -> None:
-    _check("expert_linear", input, experts, rest[:5], rest[5:])
+    check_experts("expert_linear", input, experts, rest[:5], rest[5:])
     if input.ndim != 2 or input.shape[1] != rest[6]:
         raise OpArgumentError(f"expert_linear: input must be [tokens, {rest[6]}], not {list(input.shape)}")
 
 
 def _fake_linear(input: torch.Tensor, experts: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return input.new_empty((*experts.shape, _out_features(rest[:5])))
+    return input.new_empty((*experts.shape, out_features(rest[:5])))
+
+
+def _check_routes(input: torch.Tensor, experts: torch.Tensor, weight: torch.Tensor, *rest: Any) -> None:
+    routed_experts("expert_linear", experts, weight.shape[0])
 
 
 expert_linear = define_op(
-    "expert_linear", f"Tensor input, Tensor experts, {WEIGHT}, {LAYOUT}", _linear, _check_linear, _fake_linear
+    "expert_linear",
+    f"Tensor input, Tensor experts, {WEIGHT}, {LAYOUT}",
+    _linear,
+    _check_linear,
+    _fake_linear,
+    _check_routes,
 )
 
 
@@ -112,16 +121,16 @@ def _backward(gradient: torch.Tensor, experts: torch.Tensor, *rest: Any) -> torc
     weight, layout = _split(rest)
     # Each slot has a row of its own, so that they are added in the same order whatever the device.
     by_slot = gradient.new_zeros((*experts.shape, layout[1]))
-    for expert in _routed("expert_linear_backward", experts, weight[0].shape[0]):
+    for expert in routed_experts("expert_linear_backward", experts, weight[0].shape[0]):
         tokens, slots = (experts == expert).nonzero(as_tuple=True)
-        dense = reference.dequantize(*_of_expert(weight, expert), *layout)
+        dense = reference.dequantize(*of_expert(weight, expert), *layout)
         by_slot[tokens, slots] = gradient[tokens, slots] @ dense.to(gradient.dtype)
     return by_slot.sum(dim=1)
 
 
 def _check_backward(gradient: torch.Tensor, experts: torch.Tensor, *rest: Any) -> None:
-    _check("expert_linear_backward", gradient, experts, rest[:5], rest[5:])
-    expected = (*experts.shape, _out_features(rest[:5]))
+    check_experts("expert_linear_backward", gradient, experts, rest[:5], rest[5:])
+    expected = (*experts.shape, out_features(rest[:5]))
     if tuple(gradient.shape) != expected:
         raise OpArgumentError(f"expert_linear_backward: gradient must be {list(expected)}, not {list(gradient.shape)}")
 
@@ -130,7 +139,7 @@ def _fake_backward(gradient: torch.Tensor, experts: torch.Tensor, *rest: Any) ->
     return gradient.new_empty((experts.shape[0], rest[6]))
 
 
-_expert_linear_backward = define_op(
+expert_linear_backward = define_op(
     "expert_linear_backward",
     f"Tensor gradient, Tensor experts, {WEIGHT}, {LAYOUT}",
     _backward,
@@ -149,7 +158,7 @@ def _gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, .
     to_input = None
     if ctx.needs_input_grad[0]:
         experts, *weight = ctx.saved_tensors
-        to_input = _expert_linear_backward(gradient, experts, *weight, *ctx.layout)
+        to_input = expert_linear_backward(gradient, experts, *weight, *ctx.layout)
     return (to_input, *[None] * 10)
 
 

@@ -70,7 +70,11 @@ def define_op(
 
     def call(*args: Any) -> torch.Tensor:
         try:
-            return cast(torch.Tensor, op(*args))
+            if torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return cast(torch.Tensor, op(*args))
+            # What torch calls for the sake of gradients is written in Python, and would take a third of a small call.
+            with torch._C._AutoDispatchBelowAutograd():
+                return cast(torch.Tensor, op(*args))
         except RuntimeError:
             # All that native code can raise, and to check first what is right nearly always takes longer than to
             # multiply: only now find out whether the arguments were wrong, and which.

@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 from compressed_format.checkpoint.disk_errors import disk_error
 from compressed_format.checkpoint.partial_folder import PartialFolder
 from compressed_format.errors import CheckpointError, CompressedFormatError, Problem
+from compressed_format.streaming.interrupts import held_interrupts
 from compressed_format.streaming.job import Unit
 from compressed_format.streaming.journal import Journal
 from compressed_format.streaming.options import checked_workers
@@ -99,7 +100,7 @@ class _Work:
         self._shared = shared
         self._attempt = uuid.uuid4().hex
         self._running: dict[Future[Exception | None], Unit] = {}
-        self._finished: SimpleQueue[Future[Exception | None]] = SimpleQueue()
+        self._finished: SimpleQueue[Future[Exception | None] | None] = SimpleQueue()
         self._not_noted: list[Unit] = []
         self._noting: Future[None] | None = None
         self._noted_at = time.monotonic()
@@ -108,12 +109,18 @@ class _Work:
     def run(self, units: Iterable[Unit], report: Callable[[int], None]) -> None:
         waiting = iter(units)
         # Syncing takes seconds on a slow disk, in which units go on.
-        with ThreadPoolExecutor(1, thread_name_prefix="sync") as syncer:
+        with (
+            held_interrupts(lambda: self._finished.put(None)) as hand_over_interrupts,
+            ThreadPoolExecutor(1, thread_name_prefix="sync") as syncer,
+        ):
             try:
                 self._submit(islice(waiting, self._in_flight))
                 while self._running:
+                    hand_over_interrupts()
                     with suppress(Empty):
                         future = self._finished.get(timeout=_SYNC_SECONDS if self._not_noted else None)
+                        if future is None:
+                            continue
                         unit = self._running.pop(future)
                         self._refuse_failure(unit, future)
                         self._not_noted.append(unit)

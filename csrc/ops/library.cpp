@@ -17,9 +17,14 @@ COMPRESSED_FORMAT_EXPORT const char* compressed_format_isa() {
 COMPRESSED_FORMAT_EXPORT const char* compressed_format_kernels() {
   return "dequantize: codes of 1 to 8 bits, int8, float8_e4m3fn, plain, 2:4 and sparse values\n"
          "embedding: codes of 1 to 8 bits, int8, float8_e4m3fn, plain values\n"
+         "expert_linear: what linear takes, for the experts that tokens are routed to\n"
+         "expert_quantized_linear: what quantized_linear takes, for the experts that tokens are routed to\n"
          "fake_quantize: integers of 1 to 8 bits and float8_e4m3fn, by tensor, token and group\n"
-         "linear: few tokens (AVX-512) and many, codes of 1 to 8 bits, int8, float8_e4m3fn; bfloat16 and float32\n"
+         "compress_2_of_4: int8, float8_e4m3fn and plain values\n"
+         "compress_bitmask: int8, float8_e4m3fn and plain values\n"
+         "linear: few tokens (AVX-512) and many, codes of 1 to 8 bits, int8, float8_e4m3fn, plain and 2:4 values\n"
          "pack_codes: int8 codes of 1 to 8 bits\n"
+         "prune_2_of_4: plain values\n"
          "quantize: integers of 1 to 8 bits, packed too, and float8_e4m3fn, by tensor, channel, group and block\n"
          "quantized_linear: int8 and float8_e4m3fn activations by tensor and token\n"
          "unpack_codes: 1 to 8 bits, dense and word-aligned";

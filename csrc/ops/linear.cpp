@@ -1,6 +1,6 @@
 // compressed_format::linear on the CPU.
 
-#include "cpu/linear/linear.h"
+#include "ops/linear.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -10,16 +10,16 @@
 #include "ops/tensors.h"
 
 namespace compressed_format {
-namespace {
 
-// The kernel for a problem, of those that this machine runs; null where there is none.
 const LinearKernel* select_linear(const Linear& problem) {
-  for (const ByIsa<const LinearKernel>* kernel : {&few_tokens, &many_tokens}) {
+  for (const ByIsa<const LinearKernel>* kernel : {&split_tokens, &few_tokens, &plain_values, &many_tokens}) {
     const LinearKernel* const found = kernel->get();
     if (found != nullptr && found->takes(problem)) return found;
   }
   return nullptr;
 }
+
+namespace {
 
 void run(const LinearKernel& kernel, const Linear& problem) {
   void* const prepared = scratch(Scratch::for_all_threads, kernel.prepared_bytes(problem));

@@ -1,6 +1,6 @@
 // compressed_format::quantized_linear on the CPU.
 
-#include "cpu/quantized_linear/quantized_linear.h"
+#include "ops/quantized_linear.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -10,6 +10,15 @@
 #include "ops/activations.h"
 
 namespace compressed_format {
+
+const QuantizedLinearKernel* select_quantized_linear(QuantizedLinear& problem) {
+  if (!has_whole_rows(*problem.weight, *problem.activations)) {
+    problem.span = span_of(*problem.weight, *problem.activations);
+    if (problem.span == 0) return nullptr;
+  }
+  return quantized_linear_kernels.get();
+}
+
 namespace {
 
 size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -48,20 +57,17 @@ Tensor quantized_linear(const Tensor& input, const std::optional<Tensor>& input_
     return call_op<Tensor>("compressed_format::linear", rounded, weight, scale, zero_point, g_idx, bitmask, bias, bits,
                            columns, block_rows, block_columns);
   };
-  const QuantizedLinearKernel* const kernel = quantized_linear_kernels.get();
   std::optional<Activations> activations = activations_of(
       {input, input_scale, input_zero_point, input_bits, input_is_float, input_symmetric, input_group_size});
   const std::optional<Weight> described =
       weight_of({weight, scale, zero_point, g_idx, bitmask, bits, columns, block_rows, block_columns});
-  if (kernel == nullptr || !activations.has_value() || !described.has_value()) return two_steps();
+  if (!activations.has_value() || !described.has_value()) return two_steps();
   QuantizedLinear problem;
-  if (!has_whole_rows(*described, *activations)) {
-    problem.span = span_of(*described, *activations);
-    if (problem.span == 0) return two_steps();
-  }
   problem.weight = &*described;
   problem.activations = &*activations;
   problem.quantize = activation_kernels.get();
+  const QuantizedLinearKernel* const kernel = select_quantized_linear(problem);
+  if (kernel == nullptr) return two_steps();
   if (bias.has_value()) {
     const std::optional<Float> bias_type = float_of(bias->scalar_type());
     const bool fits = bias->is_cpu() && bias_type.has_value() && bias->dim() == 1 &&

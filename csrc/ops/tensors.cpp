@@ -1,6 +1,15 @@
 #include "ops/tensors.h"
 
 namespace compressed_format {
+
+bool groups_lie_within(const int32_t* g_idx, int64_t columns, int64_t groups) {
+  bool within = true;
+  for (int64_t column = 0; column < columns; ++column) {
+    within = within && g_idx[column] >= 0 && g_idx[column] < groups;
+  }
+  return within;
+}
+
 namespace {
 
 // As bitpack.packed_words.
@@ -30,14 +39,6 @@ int64_t code_bytes(Codes type) {
 
 bool is_matrix(const Tensor& tensor, int64_t rows, int64_t columns) {
   return tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns && tensor.is_contiguous();
-}
-
-bool groups_lie_within(const int32_t* g_idx, int64_t columns, int64_t groups) {
-  bool within = true;
-  for (int64_t column = 0; column < columns; ++column) {
-    within = within && g_idx[column] >= 0 && g_idx[column] < groups;
-  }
-  return within;
 }
 
 // Scale and zero points into `weight`; whether kernels can read them.

@@ -43,4 +43,7 @@ struct WeightArguments {
 // and is valid as long as they are. Values are not looked at, but for those of g_idx, which memory is read by.
 std::optional<Weight> weight_of(const WeightArguments& arguments);
 
+// Whether each of so many columns is in one of the groups that there are.
+bool groups_lie_within(const int32_t* g_idx, int64_t columns, int64_t groups);
+
 }  // namespace compressed_format

@@ -11,7 +11,6 @@ from compressed_format.bitmask import expand_bitmask, pack_bitmask
 from compressed_format.config import CompressionFormat
 from compressed_format.errors import FormatError
 from compressed_format.formats import SPARSITY_FORMATS, prune_2_of_4
-from compressed_format.formats.sparse import first_dense_quad
 from tests.checks import assert_same_bits, hexadecimal
 
 BITMASK = SPARSITY_FORMATS[CompressionFormat.SPARSE_BITMASK]
@@ -78,8 +77,24 @@ def test_pruning_keeps_the_two_largest_and_the_left_of_equals() -> None:
     weight = torch.tensor([[1.0, -3.0, 2.0, 0.5, 4.0, 4.0, -4.0, 4.0], [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 2.0, 0.0]])
     expected = [[0.0, -3.0, 2.0, 0.0, 4.0, 4.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 2.0, 0.0]]
     assert prune_2_of_4(weight).tolist() == expected
-    assert first_dense_quad(weight) == (0, 0)
-    assert first_dense_quad(prune_2_of_4(weight)) is None
+    with pytest.raises(FormatError, match="row 0, column 0 on"):
+        BITMASK_24.encode(weight)
+    assert BITMASK_24.encode(prune_2_of_4(weight))["compressed"].tolist() == [[-3, 2, 4, 4], [0, 0, 1, 2]]
+
+
+def test_the_zeros_that_fill_up_are_those_of_the_files_that_exist() -> None:
+    """A value at each place, at none, and at each two: which bits are set beside those was left to torch's topk."""
+    places = [[i for i in range(4) if pattern >> i & 1] for pattern in range(16)]
+    quads = [kept for kept in places if len(kept) <= 2]
+    weight = torch.zeros(len(quads), 4)
+    for row, kept in enumerate(quads):
+        weight[row, kept] = 1.0
+    mask = BITMASK_24.encode(weight)["bitmask"].flatten().tolist()
+    assert mask == [0b1100, 0b0101, 0b1010, 0b0011, 0b1100, 0b0101, 0b0110, 0b1100, 0b1001, 0b1010, 0b1100]
+    wide = weight.repeat(10, 16)
+    chosen = wide.unflatten(-1, (-1, 4)).topk(2, dim=-1).indices
+    expected = torch.zeros(110, 16, 4, dtype=torch.bool).scatter_(-1, chosen, True).flatten(-2)
+    assert_same_bits(BITMASK_24.encode(wide)["bitmask"], pack_bitmask(expected))
 
 
 def test_bits_of_a_mask_and_back() -> None:

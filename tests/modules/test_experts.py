@@ -195,7 +195,9 @@ def save(model: nn.Module, folder: Path) -> None:
 
 
 @each_scheme
-def test_every_expert_computes_as_a_linear_that_rounds(scheme: str) -> None:
+def test_every_expert_computes_as_a_linear_that_rounds(scheme: str, request: pytest.FixtureRequest) -> None:
+    if scheme == "output tensor":  # where a sum that differs in its last bit may be rounded to another step
+        request.getfixturevalue("exact_products")
     packed, oracle = packed_experts(scheme), Oracle(dense_experts(), scheme, routed(7)[0])
     for tokens in (1, 10):
         torch.testing.assert_close(packed(*routed(tokens)), oracle(*routed(tokens)), rtol=1e-4, atol=1e-4)

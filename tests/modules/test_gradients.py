@@ -174,8 +174,9 @@ def test_gradients_under_autocast_are_those_of_the_dense_module(case: str) -> No
             loss = layer(torch.tanh(x)).float().square().sum()
         loss.backward()
         results.append((x.grad, layer.bias.grad))
-    assert_same_bits(results[0][0], results[1][0])
-    torch.testing.assert_close(results[0][1], results[1][1], rtol=0.02, atol=0.02)  # summed in bfloat16, in any order
+    # The output, of which the gradients are made, and the sums are rounded to bfloat16, in any order.
+    for packed, dense in zip(*results, strict=True):
+        torch.testing.assert_close(packed, dense, rtol=0.02, atol=0.02 * dense.abs().max().item())
 
 
 # What has no gradient ------------------------------------------------------------------------------------------------

@@ -1,57 +1,61 @@
-// Packs rows of every short length, shared out at every place, into buffers with not a byte to spare, and compares with
-// a definition that goes bit by bit. Meant to be built with sanitizers: those see what a comparison cannot.
-
-#include <cstdio>
-#include <memory>
-#include <vector>
+// Packs rows of codes of every width, by every level and in several threads, and compares with a definition that goes
+// bit by bit. Sanitizers see what a comparison cannot, and an emulator of an older processor stops at an instruction
+// that it does not know.
 
 #include "cpu/pack/pack.h"
 
-using compressed_format::four_bit_words;
-using compressed_format::pack_four_bits;
+#include "driver.h"
+
+using namespace driver;
 
 namespace {
 
-std::vector<unsigned char> defined_bytes(const int8_t* codes, int64_t rows, int64_t size) {
-  const int64_t row_bytes = four_bit_words(size) * 4;
-  std::vector<unsigned char> bytes(static_cast<size_t>(rows * row_bytes), 0);
+Tensor defined(const Tensor& codes, int bits, int64_t rows, int64_t size, int64_t row_bytes) {
+  Tensor packed(rows * row_bytes);
+  packed.clear();
   for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t bit = 0; bit < size * 4; ++bit) {
-      const int code = codes[row * size + bit / 4] + 8;
-      auto& byte = bytes[static_cast<size_t>(row * row_bytes + bit / 8)];
-      byte = static_cast<unsigned char>(byte | (code >> (bit % 4) & 1) << (bit % 8));
+    for (int64_t bit = 0; bit < size * bits; ++bit) {
+      const int code = codes.data()[row * size + bit / bits] + (1 << (bits - 1));
+      auto& byte = packed.data()[row * row_bytes + bit / 8];
+      byte = static_cast<unsigned char>(byte | (code >> (bit % bits) & 1) << (bit % 8));
     }
   }
-  return bytes;
+  return packed;
 }
 
-bool packs_right(int64_t rows, int64_t size, int64_t step) {
-  // An array of its own for each, so that reading or writing one byte too far is seen; codes start at an odd address.
-  const std::unique_ptr<int8_t[]> codes(new int8_t[static_cast<size_t>(rows * size + 1)]);
-  int8_t* const first_code = codes.get() + 1;
-  for (int64_t i = 0; i < rows * size; ++i) {
-    first_code[i] = static_cast<int8_t>((i * 7 + i / 16) % 16 - 8);
+bool packs_right(int bits, int64_t rows, int64_t size) {
+  const Tensor codes(rows * size);  // bits beyond the width are dropped, so that any byte is a code
+  const int64_t row_bytes = packed_words(size, bits) * 4;
+  const Tensor expected = defined(codes, bits, rows, size, row_bytes);
+  for (PackRow* const pack : levels(pack_row)) {
+    Tensor packed(rows * row_bytes);
+    in_threads(rows, [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row) {
+        const auto* const from = reinterpret_cast<const int8_t*>(codes.data()) + row * size;
+        // Rows may be cut, as those are that wait in the cache.
+        const int64_t cut = size / codes_per_cut / 2 * codes_per_cut, written = cut / 8 * bits;
+        unsigned char* const to = packed.data() + row * row_bytes;
+        if (cut > 0) pack(from, cut, bits, to, written);
+        pack(from + cut, size - cut, bits, to + written, row_bytes - written);
+      }
+    });
+    if (!(packed == expected)) {
+      std::printf("wrong: %d rows of %d codes of %d bits\n", int(rows), int(size), bits);
+      return false;
+    }
   }
-  const auto expected = defined_bytes(first_code, rows, size);
-  std::vector<unsigned char> bytes(expected.size(), 0xAA);
-  const int64_t words = rows * four_bit_words(size);
-  for (int64_t first = 0; first < words; first += step) {
-    pack_four_bits(first_code, size, bytes.data(), first, first + step < words ? first + step : words);
-  }
-  return bytes == expected;
+  return true;
 }
 
 }  // namespace
 
 int main() {
-  for (int64_t rows = 0; rows <= 4; ++rows) {
-    for (int64_t size = 0; size <= 100; ++size) {
-      for (int64_t step = 1; step <= 30; ++step) {
-        if (!packs_right(rows, size, step)) {
-          std::printf("wrong: %d rows of %d codes, %d words at a time\n", int(rows), int(size), int(step));
-          return 1;
-        }
-      }
+  for (int bits = 1; bits <= 8; ++bits) {
+    for (int64_t size = 1; size <= 140; ++size) {
+      if (!packs_right(bits, 1 + size % 5, size)) return 1;
+    }
+    for (int64_t size : {1000, 4097}) {
+      if (!packs_right(bits, 7, size)) return 1;
     }
   }
   return 0;

@@ -1,4 +1,5 @@
-"""The native kernels for quantized activations, on every instruction set that this machine has."""
+"""The native kernels that round activations, quantize weights and store sparse ones,
+on every instruction set that this machine has."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ _HERE = ops.backend_info()["cpu"]["instructions"]
 pytestmark = pytest.mark.skipif(_HERE is None, reason="there is no native library")
 
 
-@pytest.mark.parametrize("program", ["activation_checks", "quantize_checks"])
+@pytest.mark.parametrize(
+    "program", ["activation_checks", "quantize_checks", "quantized_linear_checks", "sparse_checks"]
+)
 @pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
 def test_kernels_against_the_definition(program: str, instructions: str) -> None:
     if INSTRUCTION_SETS.index(instructions) > INSTRUCTION_SETS.index(_HERE):

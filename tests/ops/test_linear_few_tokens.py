@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from compressed_format import bitpack
+from compressed_format.bitmask import pack_bitmask
 
 linear = torch.ops.compressed_format.linear.default
 dequantize = torch.ops.compressed_format.dequantize_reference.default
@@ -124,6 +125,25 @@ def test_scales_of_blocks_and_of_the_whole_weight():
         check(x, tensors, torch.randn(150).bfloat16(), layout)
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_plain_values_and_half_of_them(weight_dtype, dtype):
+    torch.manual_seed(7)
+    tolerance = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 1e-6}[dtype]
+    for columns in (4, 28, 32, 36, 60, 64, 100, 260):
+        order = torch.rand(21, columns).unflatten(-1, (-1, 4)).argsort(-1).flatten(-2)
+        kept = torch.randn(21, columns // 2).to(weight_dtype)
+        halves = [at_odd_address(kept), None, None, None, pack_bitmask(order < 2)]
+        plain = [at_odd_address(torch.randn(21, columns).to(weight_dtype)), None, None, None, None]
+        x, bias = torch.randn(5, columns).to(dtype), torch.randn(21).to(dtype)
+        for tensors in (halves, plain):
+            layout = [8, columns, 1, columns]
+            exact = x.double() @ dequantize(*tensors, *layout).double().T + bias.double()
+            for tokens in range(1, 6):
+                y = linear(x[:tokens], *tensors, bias, *layout).double()
+                assert (y - exact[:tokens]).norm() <= tolerance * exact[:tokens].norm()
+
+
 def test_values_of_float8_are_exact():
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).reshape(256, 1)
     one = torch.ones(1, 1)
@@ -151,7 +171,7 @@ def test_the_number_of_threads_changes_no_bit():
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_instruction_set(level):
     """The level is read once a process; a level that the machine lacks runs the highest that it has."""
-    tests = "every_number_of_columns or odd_addresses or scales_of_blocks or are_exact"
+    tests = "every_number_of_columns or odd_addresses or scales_of_blocks or are_exact or half_of_them"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", tests]
     environment = {**os.environ, "COMPRESSED_FORMAT_ISA": level}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

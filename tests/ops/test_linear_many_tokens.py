@@ -45,6 +45,12 @@ def random_weight(
         codes = (torch.rand(rows, columns, generator=generator) * 16 - 8).to(torch.float8_e4m3fn)
     elif kind == "int8":
         codes = integers(-128, 128, (rows, columns)).to(torch.int8)
+    elif kind == "2:4":
+        kept = torch.rand(rows, columns // 4, 4, generator=generator).argsort(-1) < 2
+        mask = torch.nn.functional.pad(kept.reshape(rows, columns), (0, -columns % 8)).reshape(rows, -1, 8)
+        bytes_of_mask = (mask * 2 ** torch.arange(8)).sum(-1).to(torch.uint8)
+        codes = torch.randn(rows, columns // 2, generator=generator).to(scale_dtype)
+        return [placed(codes), None, None, None, placed(bytes_of_mask), 8, columns, 1, 1]
     else:
         codes = torch.randn(rows, columns, generator=generator).to(scale_dtype)
         return [placed(codes), None, None, None, None, 8, columns, 1, 1]
@@ -89,12 +95,21 @@ CASES: list[dict[str, Any]] = [
     {"block": (1, 4096)},
     {"block": (1, 40), "zero_points": "int8"},
     {"block": (1, 32), "g_idx": True},
+    {"bits": 1, "block": (1, 4096)},
+    {"bits": 2, "block": (1, 64), "zero_points": "packed"},
     {"bits": 3, "block": (1, 64)},
+    {"bits": 3, "block": (3, 192), "zero_points": "packed"},
+    {"bits": 5, "block": (1, 128), "zero_points": "int8"},
+    {"bits": 6, "block": (1, 128)},
     {"bits": 8, "block": (1, 48), "zero_points": "packed"},
     {"kind": "int8", "bits": 8, "block": (1, 4096)},
+    {"kind": "int8", "bits": 8, "block": (1, 128), "zero_points": "int8"},
+    {"bits": 8, "block": (1, 4096)},
     {"kind": "float8", "bits": 8, "block": (16, 32)},
+    {"kind": "float8", "bits": 8, "block": (7, 4096)},
     {"block": (8, 64)},
     {"kind": "plain"},
+    {"kind": "2:4"},
 ]
 
 
@@ -103,8 +118,10 @@ CASES: list[dict[str, Any]] = [
 def test_the_kernel_errs_no_more_than_the_definition(case: dict[str, Any], dtype: torch.dtype) -> None:
     # Enough values for the mean error to mean something, and sizes beyond one block, and of no multiple of anything.
     generator = torch.Generator().manual_seed(0)
+    # One panel, an odd number of them, and more than a block has.
     sizes = ((16, 96, 640), (33, 101, 777), (300, 13, 1056))
     for (tokens, rows, columns), scale_dtype in zip(sizes, FLOATS, strict=True):
+        columns -= columns % 4 if case.get("kind") == "2:4" else 0
         weight = random_weight(rows, columns, generator, scale_dtype=scale_dtype, **case)
         x = torch.randn(tokens, columns, generator=generator).to(dtype)
         bias = torch.randn(rows, generator=generator).to(dtype) if tokens % 2 else None
@@ -141,6 +158,23 @@ def test_neither_alignment_nor_threads_matter(dtype: torch.dtype, threads: int) 
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+def test_every_code_of_a_byte_is_exact(kind: str) -> None:
+    # One token that is 1 in a single column: y is that column of the weight, and every code is in it.
+    codes = torch.arange(256, dtype=torch.uint8).repeat(3).reshape(768, 1).repeat(1, 70)
+    weight = codes.view(torch.int8 if kind == "int8" else torch.float8_e4m3fn)
+    if kind == "float8":
+        codes = codes.where(codes & 127 != 127, torch.tensor(0, dtype=torch.uint8))  # which is no number
+        weight = codes.view(torch.float8_e4m3fn)
+    scale = torch.ones(768, 1, dtype=torch.bfloat16)
+    for column in (0, 7, 8, 33, 63, 64, 69):
+        x = torch.zeros(20, 70, dtype=torch.bfloat16)
+        x[11, column] = 1
+        y = torch.ops.compressed_format.linear(x, weight, scale, None, None, None, None, 8, 70, 1, 70)
+        assert torch.equal(y[11].float(), weight[:, column].float())
+        assert not y[:11].any()
 
 
 def test_values_that_are_no_numbers_stay_in_their_rows_and_tokens() -> None:

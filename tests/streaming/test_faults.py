@@ -70,7 +70,7 @@ def test_the_power_may_fail_at_any_time(tmp_path: Path, job_calls: JobCalls, not
     """What was not synced is there in part, or not; the job goes on from it to the same bytes."""
     seed = random.randrange(2**32)
     rng = random.Random(seed)
-    job, place = pattern_job(2, 4), tmp_path / "place"
+    job, place = pattern_job(2, 4, seconds=0.005), tmp_path / "place"
     place.mkdir()
     durable: dict[Path, bytes] = {}
     cuts: list[dict[Path, bytes]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -74,6 +75,41 @@ def test_an_interrupt_while_units_are_noted(tmp_path: Path, job_calls: JobCalls,
     calls = Calls()
     run_job(job, tmp_path / "out", progress=lambda *call: calls.append(call))
     assert calls[0][0] > 0
+    assert content_of(tmp_path / "out") == expected(job)
+
+
+def test_an_interrupt_while_a_lock_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were it raised there, no one would give the lock back, and the job would never end."""
+    job, entered = pattern_job(seconds=0.001), []
+    enter = threading.Condition.__enter__
+
+    def interrupted_enter(condition: threading.Condition) -> bool:
+        result = enter(condition)
+        if sys._getframe(1).f_code.co_name == "add_done_callback":  # of a unit that has just been submitted
+            entered.append(condition)
+            if len(entered) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Condition, "__enter__", interrupted_enter)
+        with pytest.raises(KeyboardInterrupt):
+            run_job(job, tmp_path / "out", workers=2)
+    assert len(entered) >= 3
+    run_job(job, tmp_path / "out")
+    assert content_of(tmp_path / "out") == expected(job)
+
+
+def test_an_interrupt_outside_the_main_thread(tmp_path: Path) -> None:
+    """A job there leaves signals to whom they are for."""
+    job, done = pattern_job(seconds=0.02), []
+    job = pattern_job(seconds=0.02, once=once_in(job, 8, tmp_path / "mark", "interrupt"))
+    thread = threading.Thread(target=lambda: done.append(run_job(job, tmp_path / "out", workers=2)))
+    thread.start()  # whose eighth unit begins long after this
+    with pytest.raises(KeyboardInterrupt):
+        time.sleep(30)
+    thread.join()
+    assert done == [None]
     assert content_of(tmp_path / "out") == expected(job)
 
 

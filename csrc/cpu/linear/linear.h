@@ -1,8 +1,9 @@
 // y = x @ dense(weight).T + bias, straight from a compressed weight.
 //
-// Two kernels share the work: that for few tokens is bound by reading the weight, decodes it in registers and
-// multiplies at once; that for many tokens decodes tiles into the cache and multiplies from there. Each takes what it
-// can and says so; what neither takes is left to the reference.
+// Several kernels share the work. Those for few tokens are bound by reading the weight and multiply it as it comes:
+// split_tokens integer codes, by activations split into bytes; few_tokens codes of other kinds or for other
+// activations, decoded in registers; plain_values what is not coded. That for many tokens decodes tiles into the cache
+// and multiplies from there. Each takes what it can and says so; what none takes is left to the reference.
 #pragma once
 
 #include <cstddef>
@@ -44,6 +45,8 @@ struct LinearKernel {
   void (*run)(const Linear& problem, const void* prepared, int64_t first_task, int64_t last_task);
 };
 
+extern const ByIsa<const LinearKernel> split_tokens;
+extern const ByIsa<const LinearKernel> plain_values;
 extern const ByIsa<const LinearKernel> few_tokens;
 extern const ByIsa<const LinearKernel> many_tokens;
 

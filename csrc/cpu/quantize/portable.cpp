@@ -18,6 +18,10 @@ inline void store_float8(void* target, F32 values, int count = lanes) {
   for (int i = 0; i < count; ++i) static_cast<uint8_t*>(target)[i] = to_float8(values.v[i]);
 }
 
+inline void store_nearest_int8(void* target, F32 values, int count = lanes) {
+  store_int8(target, round_to_even(values), count);
+}
+
 inline F32 nearest_bfloat16(F32 values) { return as_bfloat16(values); }
 
 inline uint16_t largest_half(const char* halves, int64_t count) {
@@ -29,6 +33,12 @@ inline uint16_t largest_half(const char* halves, int64_t count) {
     largest = magnitude > largest ? magnitude : largest;
   }
   return static_cast<uint16_t>(largest);
+}
+
+// There is nothing faster than what quantize.inl has.
+template <bool is_float, bool has_zero_point>
+int64_t most_codes(const char*, int64_t, float, int, int, int8_t*) {
+  return 0;
 }
 
 }  // namespace

@@ -1,7 +1,11 @@
 // The kernels of quantize.h on vectors of floats. Whoever includes this has included one of cpu/simd/*.h, and defined
 //   `void store_float8(void* target, F32 values)`, the same with a count: values within -448 to 448 as the nearest
 //   E4M3, ties to even;
+//   `void store_nearest_int8(void* target, F32 values)`, the same with a count: values within -128 to 127 as the
+//   nearest whole numbers, ties to even;
 //   `F32 nearest_bfloat16(F32 values)`: as_bfloat16, of numbers and infinities only;
+//   `int64_t most_codes<is_float, has_zero_point>(x, count, scale, zero_point, bits, target)`: codes of bfloat16
+//   values, as many as fill whole vectors, by a scale that has a reciprocal; how many those are, or 0;
 //   `uint16_t largest_half(const char* halves, int64_t count)`: the largest of 16-bit patterns without their signs.
 
 #include "cpu/quantize/quantize.h"
@@ -175,16 +179,23 @@ void make_scale(const Quantize& problem, Extremes found, int64_t index) {
   store_one<type>(scale, step == 0.0f ? epsilon(type) : step);
 }
 
-template <Float type, bool is_float, bool has_zero_point>
+// Whether the product with the reciprocal of a scale, rounded to bfloat16, is the quotient rounded so. It is for all
+// finite bfloat16 values and scales but those so small that the reciprocal overflows, as going through them all has
+// shown: significands of eight bits have no quotient near enough to the middle between two bfloat16 numbers for an
+// error of 2**-23 to matter. tests/native/quantize_driver.cpp goes through all significands where exponents differ.
+inline bool has_reciprocal(float scale) { return scale >= 0x1p-127f || scale <= -0x1p-127f; }
+
+template <Float type, bool is_float, bool has_zero_point, bool divides>
 struct Codes8 {
   F32 scale;
+  F32 reciprocal;
   F32 zero_point;
   F32 lowest;
   F32 highest;
 
   // Clamped, not yet rounded. The order of comparisons makes what is not a number the lowest code.
   F32 ratio(F32 values) const {
-    F32 ratio = rounded<type>(values / scale);
+    F32 ratio = rounded<type>(divides ? values / scale : values * reciprocal);
     if constexpr (has_zero_point) ratio = rounded<type>(ratio + zero_point);
     if constexpr (is_float) ratio = ratio + zero();  // -0.0, of pruned weights, is the code 0
     return minimum(maximum(ratio, lowest), highest);
@@ -193,26 +204,41 @@ struct Codes8 {
     if constexpr (is_float) {
       store_float8(target, ratio(values));
     } else {
-      store_int8(target, round_to_even(ratio(values)));
+      store_nearest_int8(target, ratio(values));
     }
   }
   void store(void* target, F32 values, int count) const {
     if constexpr (is_float) {
       store_float8(target, ratio(values), count);
     } else {
-      store_int8(target, round_to_even(ratio(values)), count);
+      store_nearest_int8(target, ratio(values), count);
     }
   }
 };
 
+// Codes of `count` values that share a scale.
+template <Float type, bool is_float, bool has_zero_point, bool divides>
+void codes_of_block(const Quantize& problem, float scale, int zero_point, const char* x, int64_t count,
+                    int8_t* target) {
+  const auto half = static_cast<float>(1 << (problem.bits - 1));
+  Codes8<type, is_float, has_zero_point, divides> codes;
+  codes.scale = broadcast(scale);
+  codes.reciprocal = broadcast(divides ? 0.0f : 1.0f / scale);
+  codes.zero_point = broadcast(static_cast<float>(zero_point));
+  codes.lowest = broadcast(is_float ? -448.0f : -half);
+  codes.highest = broadcast(is_float ? 448.0f : half - 1.0f);
+  int64_t done = 0;
+  if constexpr (!divides) {
+    done = most_codes<is_float, has_zero_point>(x, count, scale, zero_point, problem.bits, target);
+  }
+  by_lanes(
+      done, count, [&](int64_t i) { codes.store(target + i, load<type>(x + i * bytes_of(type))); },
+      [&](int64_t i, int part) { codes.store(target + i, load<type>(x + i * bytes_of(type), part), part); });
+}
+
 // Codes of columns [begin, end) of a row, a byte each.
 template <Float type, bool is_float, bool has_zero_point>
 void codes_of_columns(const Quantize& problem, int64_t row, int64_t begin, int64_t end, int8_t* target) {
-  const auto half = static_cast<float>(1 << (problem.bits - 1));
-  Codes8<type, is_float, has_zero_point> codes;
-  codes.lowest = broadcast(is_float ? -448.0f : -half);
-  codes.highest = broadcast(is_float ? 448.0f : half - 1.0f);
-  codes.zero_point = zero();
   const auto* const x = static_cast<const char*>(problem.weight) + row * problem.row_bytes;
   const int64_t first_scale = row / problem.block_rows * problem.scale_columns;
   int64_t block = begin / problem.block_columns;
@@ -220,12 +246,15 @@ void codes_of_columns(const Quantize& problem, int64_t row, int64_t begin, int64
     const int64_t block_end = (block + 1) * problem.block_columns;
     const int64_t to = block_end < end ? block_end : end;
     const int64_t index = first_scale + block;
-    const auto* const scale = static_cast<const char*>(problem.scale) + index * bytes_of(type);
-    codes.scale = broadcast(load_one<type>(scale));
-    if constexpr (has_zero_point) codes.zero_point = broadcast(static_cast<float>(problem.zero_point[index]));
-    by_lanes(
-        from, to, [&](int64_t i) { codes.store(target + (i - begin), load<type>(x + i * bytes_of(type))); },
-        [&](int64_t i, int part) { codes.store(target + (i - begin), load<type>(x + i * bytes_of(type), part), part); });
+    const auto scale = load_one<type>(static_cast<const char*>(problem.scale) + index * bytes_of(type));
+    const int zero_point = has_zero_point ? problem.zero_point[index] : 0;
+    const char* const values = x + from * bytes_of(type);
+    int8_t* const here = target + (from - begin);
+    if (type == Float::bfloat16 && has_reciprocal(scale)) {
+      codes_of_block<type, is_float, has_zero_point, false>(problem, scale, zero_point, values, to - from, here);
+    } else {
+      codes_of_block<type, is_float, has_zero_point, true>(problem, scale, zero_point, values, to - from, here);
+    }
     from = to;
   }
 }

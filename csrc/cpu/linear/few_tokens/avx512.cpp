@@ -14,10 +14,12 @@ namespace compressed_format {
 namespace {
 
 constexpr int64_t chunk_columns = 64;
-// Weights are decoded once for each eight tokens; with more of them, tiles that stay in the cache save that work.
+// Weights are decoded once for each four tokens; with more of them, tiles that stay in the cache save that work.
 constexpr int64_t most_tokens = 4;
-// Rows that share loads of x, where a single token leaves registers for them. Tasks are as many rows.
+// Two rows share loads of x, where there are several tokens. With one, memory is read faster row by row.
 constexpr int64_t task_rows = 4;
+// Codes are prefetched this far ahead, which is in the next row where rows are short.
+constexpr int64_t ahead = 4096;
 // Less than this much weight is read faster than another thread wakes up.
 constexpr int64_t bytes_per_thread = 64 * 1024;
 
@@ -124,7 +126,7 @@ size_t prepared_bytes(const Linear& problem) {
   return static_cast<size_t>(bytes);
 }
 
-int64_t parts(const Linear& problem) { return problem.tokens > 4 ? problem.tokens : 1; }
+int64_t parts(const Linear&) { return 1; }
 
 void write_tables(const Weight& weight, char* tables) {
   if (bits_of_codes(weight) <= 5) {
@@ -187,13 +189,10 @@ void prepare_token(const Linear& problem, char* prepared, int64_t token) {
   }
 }
 
-void prepare(const Linear& problem, void* prepared, int64_t first_part, int64_t last_part) {
+void prepare(const Linear& problem, void* prepared, int64_t, int64_t) {
   auto* const memory = static_cast<char*>(prepared);
-  if (first_part == 0) write_tables(*problem.weight, memory);
-  const bool all = parts(problem) == 1;
-  for (int64_t token = all ? 0 : first_part; token < (all ? problem.tokens : last_part); ++token) {
-    prepare_token(problem, memory, token);
-  }
+  write_tables(*problem.weight, memory);
+  for (int64_t token = 0; token < problem.tokens; ++token) prepare_token(problem, memory, token);
 }
 
 struct Fragments {
@@ -307,8 +306,6 @@ void block(const Linear& problem, const char* prepared, const Decoder<decoding>&
   const int64_t chunks_of_group =
       weight.scale_columns == 1 ? all : halves ? 1 : weight.block_columns / chunk_columns;
   const __mmask64 full = ~uint64_t{0} >> (64 - chunk_bytes);
-  // The rows that come next, where they are near; far ahead in rows of their own otherwise.
-  const int64_t ahead = rows * weight.row_bytes <= 16384 ? rows * weight.row_bytes : 2048;
 
   const char* codes[rows];
   int64_t scale_row[rows];
@@ -380,20 +377,13 @@ void run_rows(const Linear& problem, const char* prepared, int64_t first_row, in
   for (int64_t row = first_row; row < last_row; row += task_rows) {
     const int64_t end = row + task_rows < last_row ? row + task_rows : last_row;
     int64_t token = 0;
-    for (; token + 8 <= problem.tokens; token += 8) {
-      for (int64_t r = row; r < end; ++r) block<decoding, narrow, 1, 8>(problem, prepared, decode, r, token);
-    }
     for (; token + 4 <= problem.tokens; token += 4) {
       int64_t r = row;
       for (; r + 2 <= end; r += 2) block<decoding, narrow, 2, 4>(problem, prepared, decode, r, token);
       for (; r < end; ++r) block<decoding, narrow, 1, 4>(problem, prepared, decode, r, token);
     }
     for (; token < problem.tokens; ++token) {
-      if (end - row == task_rows) {
-        block<decoding, narrow, task_rows, 1>(problem, prepared, decode, row, token);
-      } else {
-        for (int64_t r = row; r < end; ++r) block<decoding, narrow, 1, 1>(problem, prepared, decode, r, token);
-      }
+      for (int64_t r = row; r < end; ++r) block<decoding, narrow, 1, 1>(problem, prepared, decode, r, token);
     }
   }
 }

@@ -10,6 +10,7 @@ namespace {
 
 // The sums of two panels take twelve of sixteen registers.
 constexpr int strip_rows = 6;
+constexpr int64_t block_rows = 48;
 
 }  // namespace
 }  // namespace compressed_format
@@ -37,9 +38,11 @@ void transpose(F32 (&rows)[lanes]) {
   }
 }
 
+using Product = InVectors<Floats>;
+
 }  // namespace
 
-const LinearKernel many_tokens_avx2{takes, prepared_bytes<Floats>, parts, prepare<Floats>,
-                                    tasks, tasks_per_thread,       run<Floats>};
+const LinearKernel many_tokens_avx2{takes, prepared_bytes<Product>, parts, prepare<Product>,
+                                    tasks, tasks_per_thread,        run<Product>};
 
 }  // namespace compressed_format

@@ -3,7 +3,8 @@
 namespace compressed_format {
 
 #if COMPRESSED_FORMAT_X86
-const ByIsa<const LinearKernel> many_tokens{&many_tokens_portable, &many_tokens_avx2, &many_tokens_avx512, nullptr};
+const ByIsa<const LinearKernel> many_tokens{&many_tokens_portable, &many_tokens_avx2, &many_tokens_avx512,
+                                            &many_tokens_amx};
 #else
 const ByIsa<const LinearKernel> many_tokens{&many_tokens_portable, nullptr, nullptr, nullptr};
 #endif

@@ -1,6 +1,7 @@
 // y = x @ dense(weight).T + bias for many tokens, on one instruction set. The file that includes this one has included
-// the vectors of cpu/simd, and defined `strip_rows`; it defines `transpose` and what chooses a product at its end.
-// Everything is in an anonymous namespace, and nothing of the standard library is called (csrc/CMakeLists.txt says why).
+// the vectors of cpu/simd, and defined `strip_rows` and `block_rows`; it defines `transpose` and what chooses a product
+// at its end.
+// Everything is in an anonymous namespace, and nothing of the standard library is called: csrc/CMakeLists.txt says why.
 //
 // The lanes of a vector are tokens. x is copied once into panels of `lanes` tokens each; a tile of weights is decoded
 // into memory of the thread, row by row as it is; a row's weights are then broadcast, one after the other, and
@@ -21,7 +22,8 @@ inline int64_t ceil_div(int64_t value, int64_t divisor) { return (value + diviso
 constexpr int64_t step_bytes = 4;
 constexpr int64_t panel_step_bytes = lanes * step_bytes;
 
-// A multiplication computes `strip_rows` rows for this many panels at most: their sums fill the registers.
+// A multiplication computes a strip of `strip_rows` rows for two panels, or two strips for a single one: their sums
+// fill the registers.
 constexpr int strip_panels = 2;
 
 // The panels that are multiplied stay in the first level of the cache while all strips of a tile pass by: 32 KB of 48
@@ -29,12 +31,15 @@ constexpr int strip_panels = 2;
 constexpr int64_t block_steps = 256;
 constexpr int64_t tile_row_bytes = block_steps * step_bytes;
 
-// Rows of a tile, and how many tokens it serves before the next is decoded: tile and sums (each 100 KB at most) stay in
-// the second level of the cache, and decoding is a small part of the work.
-constexpr int64_t block_rows = 96;
+// A tile of `block_rows` rows serves this many tokens before the next is decoded: tile and sums (each some 50 KB, with
+// AMX 128 KB) stay in the second level of the cache, and decoding is a small part of the work. What a single panel is
+// multiplied with is less, so that it stays in the first level with the panel: there, decoding is much of the work.
 constexpr int64_t block_strips = block_rows / strip_rows;
 constexpr int64_t block_panels = 256 / lanes;
-static_assert(block_rows % strip_rows == 0 && block_rows % lanes == 0);
+static_assert(block_rows % (strip_panels * strip_rows) == 0 && block_rows % lanes == 0);
+
+// The sums of a block lie panel by panel, in each row by row.
+constexpr int64_t sums_panel_bytes = block_rows * panel_step_bytes;
 
 inline F32 load_value(Float type, const void* source) {
   switch (type) {
@@ -71,6 +76,7 @@ inline const char* token_of(const Linear& problem, int64_t token) {
 struct Floats {
   // Each addition to a long sum rounds it, and a sum of short sums errs less than one long sum.
   static constexpr int64_t sum_steps = 32;
+  static constexpr bool scales_sums = false;
 
   static int64_t steps(const Linear& problem) { return problem.weight->columns; }
   // Whole squares of tokens and steps are transposed into the panels.
@@ -103,53 +109,69 @@ struct Floats {
   }
 };
 
-// sums[panel][row] += weights[row] * x[panel] over so many steps; sums begin at zero where these are the first.
-template <typename Product, int panels>
-void multiply_strip(const char* weights, const char* x, int64_t panel_bytes, int64_t steps, char* sums, bool first) {
-  constexpr int64_t sums_panel_bytes = block_rows * panel_step_bytes;
-  F32 sum[panels][strip_rows];
-#pragma GCC unroll 2
-  for (int panel = 0; panel < panels; ++panel) {
-#pragma GCC unroll 16
-    for (int row = 0; row < strip_rows; ++row) sum[panel][row] = zero();
-  }
-  for (int64_t step = 0; step < steps; ++step) {
-    F32 tokens[panels];
+// A product that broadcasts weights and multiplies them with vectors of tokens.
+template <typename Product>
+struct InVectors : Product {
+  // sums[panel][row] += weights[row] * x[panel] over so many steps, for a strip of rows and two panels, or two strips
+  // and one panel; sums begin at zero where these steps are the first.
+  template <int panels>
+  static void multiply_strip(const char* weights, const char* x, int64_t panel_bytes, int64_t steps, char* sums,
+                             bool first) {
+    constexpr int rows = strip_panels / panels * strip_rows;
+    F32 sum[panels][rows];
 #pragma GCC unroll 2
     for (int panel = 0; panel < panels; ++panel) {
-      tokens[panel] = load_float32(x + panel * panel_bytes + step * panel_step_bytes);
+#pragma GCC unroll 24
+      for (int row = 0; row < rows; ++row) sum[panel][row] = zero();
     }
-#pragma GCC unroll 16
-    for (int row = 0; row < strip_rows; ++row) {
-      const F32 weight = Product::broadcast_step(weights + row * tile_row_bytes + step * step_bytes);
+    for (int64_t step = 0; step < steps; ++step) {
+      F32 tokens[panels];
 #pragma GCC unroll 2
       for (int panel = 0; panel < panels; ++panel) {
-        sum[panel][row] = Product::multiply(weight, tokens[panel], sum[panel][row]);
+        tokens[panel] = load_float32(x + panel * panel_bytes + step * panel_step_bytes);
+      }
+#pragma GCC unroll 24
+      for (int row = 0; row < rows; ++row) {
+        const F32 weight = Product::broadcast_step(weights + row * tile_row_bytes + step * step_bytes);
+#pragma GCC unroll 2
+        for (int panel = 0; panel < panels; ++panel) {
+          sum[panel][row] = Product::multiply(weight, tokens[panel], sum[panel][row]);
+        }
+      }
+    }
+#pragma GCC unroll 2
+    for (int panel = 0; panel < panels; ++panel) {
+#pragma GCC unroll 24
+      for (int row = 0; row < rows; ++row) {
+        char* const target = sums + panel * sums_panel_bytes + row * panel_step_bytes;
+        store_float32(target, first ? sum[panel][row] : load_float32(target) + sum[panel][row]);
       }
     }
   }
-#pragma GCC unroll 2
-  for (int panel = 0; panel < panels; ++panel) {
-#pragma GCC unroll 16
-    for (int row = 0; row < strip_rows; ++row) {
-      char* const target = sums + panel * sums_panel_bytes + row * panel_step_bytes;
-      store_float32(target, first ? sum[panel][row] : load_float32(target) + sum[panel][row]);
-    }
-  }
-}
+};
 
 // The same for a whole block of steps, of which never more than a product wants are summed in one go.
 template <typename Product, int panels>
 inline void multiply_steps(const char* weights, const char* x, int64_t panel_bytes, int64_t steps, char* sums,
                            bool first) {
   for (int64_t step = 0; step < steps; step += Product::sum_steps) {
-    multiply_strip<Product, panels>(weights + step * step_bytes, x + step * panel_step_bytes, panel_bytes,
-                                    smaller(Product::sum_steps, steps - step), sums, first && step == 0);
+    Product::template multiply_strip<panels>(weights + step * step_bytes, x + step * panel_step_bytes, panel_bytes,
+                                             smaller(Product::sum_steps, steps - step), sums, first && step == 0);
   }
 }
 
+// The scale of a whole row.
+inline F32 scale_of_row(const Weight& weight, int64_t row) {
+  const int64_t index = weight.block_rows == 1 ? row : row / weight.block_rows;
+  const char* const source = static_cast<const char*>(weight.scale) + index * float_bytes(weight.scale_type);
+  float value[lanes];
+  store_float32(value, load_value(weight.scale_type, source, 1));
+  return broadcast(value[0]);
+}
+
 // Sums of a panel's tokens into y, for rows [first_row, last_row).
-inline void store_panel(const Linear& problem, int64_t first_row, int64_t last_row, int64_t panel, const char* sums) {
+template <typename Product>
+void store_panel(const Linear& problem, int64_t first_row, int64_t last_row, int64_t panel, const char* sums) {
   const int64_t first_token = panel * lanes;
   const int tokens = static_cast<int>(smaller(lanes, problem.tokens - first_token));
   const int64_t rows = problem.weight->rows;
@@ -157,6 +179,9 @@ inline void store_panel(const Linear& problem, int64_t first_row, int64_t last_r
     const int count = static_cast<int>(smaller(lanes, last_row - row));
     F32 square[lanes];
     for (int i = 0; i < lanes; ++i) square[i] = i < count ? load_float32(sums + i * panel_step_bytes) : zero();
+    if constexpr (Product::scales_sums) {
+      for (int i = 0; i < count; ++i) square[i] = square[i] * scale_of_row(*problem.weight, row + i);
+    }
     transpose(square);
     if (problem.bias != nullptr) {
       const char* const source = static_cast<const char*>(problem.bias) + row * float_bytes(problem.bias_type);
@@ -188,7 +213,8 @@ void multiply_block(const Linear& problem, const char* prepared, int64_t first_r
   const int64_t steps = Product::steps(problem);
   const int64_t panel_bytes = Product::panel_steps(problem) * panel_step_bytes;
   const int64_t strips = ceil_div(last_row - first_row, strip_rows);
-  const int64_t missing = strips * strip_rows - (last_row - first_row);
+  // Whole strips are multiplied, where there is a single panel even whole pairs of them.
+  const int64_t missing = ceil_div(strips, strip_panels) * strip_panels * strip_rows - (last_row - first_row);
   __builtin_memset(tile + (last_row - first_row) * tile_row_bytes, 0, static_cast<uint64_t>(missing * tile_row_bytes));
   // Of the codes, this much belongs to a step, near enough to ask memory for them.
   const int64_t code_bytes = weight.bitmask == nullptr ? weight.row_bytes : 0;
@@ -196,27 +222,33 @@ void multiply_block(const Linear& problem, const char* prepared, int64_t first_r
   for (int64_t left = 0; left < steps; left += block_steps) {
     const int64_t right = smaller(steps, left + block_steps);
     Product::decode(weight, first_row, last_row, left, right, tile);
-    const int64_t next_byte = code_bytes * right / steps;
-    const int64_t next_end = code_bytes * smaller(steps, right + block_steps) / steps;
+    // After the last steps of these rows come the first ones of the next rows.
+    const bool last = right == steps;
+    const int64_t next_row = last ? last_row : first_row;
+    const int64_t next_last_row = last ? smaller(weight.rows, last_row + (last_row - first_row)) : last_row;
+    const int64_t next_byte = last ? 0 : code_bytes * right / steps;
+    const int64_t next_end = code_bytes * smaller(steps, last ? block_steps : right + block_steps) / steps;
     for (int64_t panel = first_panel; panel < last_panel; panel += strip_panels) {
       const char* const x = prepared + panel * panel_bytes + left * panel_step_bytes;
-      for (int64_t strip = 0; strip < strips; ++strip) {
+      const bool single = panel + 1 == last_panel;
+      const int64_t strips_at_once = single ? strip_panels : 1;
+      for (int64_t strip = 0; strip < strips; strip += strips_at_once) {
         if (panel == first_panel) {
-          const int64_t row = first_row + strip * strip_rows;
-          prefetch_codes(weight, row, smaller(last_row, row + strip_rows), next_byte, next_end);
+          const int64_t row = next_row + strip * strip_rows;
+          prefetch_codes(weight, row, smaller(next_last_row, row + strips_at_once * strip_rows), next_byte, next_end);
         }
         const char* const rows = tile + strip * strip_rows * tile_row_bytes;
-        char* const target = sums + ((panel - first_panel) * block_rows + strip * strip_rows) * panel_step_bytes;
-        if (panel + 1 < last_panel) {
-          multiply_steps<Product, 2>(rows, x, panel_bytes, right - left, target, left == 0);
-        } else {
+        char* const target = sums + (panel - first_panel) * sums_panel_bytes + strip * strip_rows * panel_step_bytes;
+        if (single) {
           multiply_steps<Product, 1>(rows, x, panel_bytes, right - left, target, left == 0);
+        } else {
+          multiply_steps<Product, 2>(rows, x, panel_bytes, right - left, target, left == 0);
         }
       }
     }
   }
   for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-    store_panel(problem, first_row, last_row, panel, sums + (panel - first_panel) * block_rows * panel_step_bytes);
+    store_panel<Product>(problem, first_row, last_row, panel, sums + (panel - first_panel) * sums_panel_bytes);
   }
 }
 
@@ -243,11 +275,13 @@ template <typename Product>
 void run(const Linear& problem, const void* prepared, int64_t first_task, int64_t last_task) {
   const int64_t panels = panels_of(problem);
   const int64_t tile_bytes = block_rows * tile_row_bytes;
-  const int64_t sums_bytes = smaller(panels, block_panels) * block_rows * panel_step_bytes;
-  char* const tile = static_cast<char*>(scratch(Scratch::for_this_thread, static_cast<size_t>(tile_bytes + sums_bytes)));
+  const int64_t sums_bytes = smaller(panels, block_panels) * sums_panel_bytes;
+  const int64_t strips = panels == 1 ? strip_panels : block_strips;
+  const auto bytes = static_cast<size_t>(tile_bytes + sums_bytes);
+  char* const tile = static_cast<char*>(scratch(Scratch::for_this_thread, bytes));
   for (int64_t panel = 0; panel < panels; panel += block_panels) {
-    for (int64_t strip = first_task; strip < last_task; strip += block_strips) {
-      const int64_t last_strip = smaller(last_task, strip + block_strips);
+    for (int64_t strip = first_task; strip < last_task; strip += strips) {
+      const int64_t last_strip = smaller(last_task, strip + strips);
       multiply_block<Product>(problem, static_cast<const char*>(prepared), strip * strip_rows,
                               smaller(problem.weight->rows, last_strip * strip_rows), panel,
                               smaller(panels, panel + block_panels), tile, tile + tile_bytes);

@@ -9,6 +9,7 @@ namespace {
 
 // The sums of two panels take twelve of the sixteen registers of four floats that any x86-64 has.
 constexpr int strip_rows = 3;
+constexpr int64_t block_rows = 48;
 
 }  // namespace
 }  // namespace compressed_format
@@ -28,9 +29,11 @@ void transpose(F32 (&rows)[lanes]) {
   }
 }
 
+using Product = InVectors<Floats>;
+
 }  // namespace
 
-const LinearKernel many_tokens_portable{takes, prepared_bytes<Floats>, parts, prepare<Floats>,
-                                        tasks, tasks_per_thread,       run<Floats>};
+const LinearKernel many_tokens_portable{takes, prepared_bytes<Product>, parts, prepare<Product>,
+                                    tasks, tasks_per_thread,        run<Product>};
 
 }  // namespace compressed_format

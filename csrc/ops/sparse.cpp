@@ -1,0 +1,142 @@
+// compressed_format::prune_2_of_4, compress_2_of_4 and compress_bitmask on the CPU.
+
+#include "cpu/sparse/sparse.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "cpu/large_memory.h"
+#include "ops/tensors.h"
+
+namespace compressed_format {
+namespace {
+
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+
+// Below this much work, waking the other threads takes longer than what they would save.
+constexpr int64_t values_per_thread = 65536;
+
+Three reference(const char* name, const Tensor& weight) {
+  using torch::stable::detail::to;
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(weight)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  return {to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2])};
+}
+
+std::optional<Codes> type_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Char: return Codes::int8;
+    case ScalarType::Float8_e4m3fn: return Codes::float8;
+    case ScalarType::BFloat16: return Codes::bfloat16;
+    case ScalarType::Half: return Codes::float16;
+    case ScalarType::Float: return Codes::float32;
+    default: return std::nullopt;
+  }
+}
+
+// Nothing where no kernel takes it. `values` is what the description points into.
+std::optional<Sparse> describe(const Tensor& weight, Tensor& values) {
+  const std::optional<Codes> type = type_of(weight.scalar_type());
+  if (!weight.is_cpu() || !type.has_value() || weight.dim() != 2 || weight.numel() == 0) return std::nullopt;
+  Sparse problem;
+  problem.type = *type;
+  problem.rows = weight.size(0);
+  problem.columns = weight.size(1);
+  // Rows may lie apart, as those of a part of a matrix do.
+  const bool rows_apart = problem.columns == 1 || weight.stride(1) == 1;
+  values = rows_apart ? weight : torch::stable::contiguous(weight);
+  problem.values = values.const_data_ptr();
+  problem.row_bytes = (rows_apart ? weight.stride(0) : problem.columns) * element_bytes(*type);
+  return problem;
+}
+
+template <typename Body>
+void by_rows(const Sparse& problem, const Body& body) {
+  const int64_t rows_per_thread = std::max<int64_t>(values_per_thread / problem.columns, 1);
+  torch::stable::parallel_for(0, problem.rows, rows_per_thread, body);
+}
+
+Tensor new_values(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type, int64_t bytes) {
+  Tensor made = torch::stable::new_empty(like, sizes, type);
+  expect_writes(made.mutable_data_ptr(), static_cast<size_t>(made.numel() * bytes));
+  return made;
+}
+
+Tensor prune_2_of_4(const Tensor& weight) {
+  Tensor values = weight;
+  const std::optional<Sparse> problem = describe(weight, values);
+  const bool taken = problem.has_value() && problem->columns % 4 == 0 && float_of(weight.scalar_type()).has_value();
+  if (!taken) return call_op<Tensor>("compressed_format::prune_2_of_4_reference", weight);
+  const int64_t bytes = element_bytes(problem->type);
+  Tensor pruned = new_values(values, {problem->rows, problem->columns}, weight.scalar_type(), bytes);
+  void* const target = pruned.mutable_data_ptr();
+  const SparseKernel& kernel = *sparse_kernel.get();
+  by_rows(*problem, [&](int64_t first, int64_t last) { kernel.prune_2_of_4(*problem, target, first, last); });
+  return pruned;
+}
+
+Three compress_2_of_4(const Tensor& weight) {
+  Tensor values = weight;
+  const std::optional<Sparse> problem = describe(weight, values);
+  if (!problem.has_value() || problem->columns % 4 != 0) {
+    return reference("compressed_format::compress_2_of_4_reference", weight);
+  }
+  const int64_t rows = problem->rows, bytes = element_bytes(problem->type);
+  Tensor compressed = new_values(values, {rows, problem->columns / 2}, weight.scalar_type(), bytes);
+  Tensor bitmask = new_values(values, {rows, mask_bytes(problem->columns)}, ScalarType::Byte, 1);
+  void* const target = compressed.mutable_data_ptr();
+  auto* const bits = static_cast<uint8_t*>(bitmask.mutable_data_ptr());
+  const SparseKernel& kernel = *sparse_kernel.get();
+  constexpr int64_t none = std::numeric_limits<int64_t>::max();
+  std::atomic<int64_t> crowded{none};
+  by_rows(*problem, [&](int64_t first, int64_t last) {
+    const int64_t found = kernel.compress_2_of_4(*problem, target, bits, first, last);
+    if (found < 0) return;
+    // The first of all, whoever finds one first.
+    int64_t known = crowded.load();
+    while (found < known && !crowded.compare_exchange_weak(known, found)) {
+    }
+  });
+  Tensor place = torch::stable::new_empty(values, {}, ScalarType::Long);
+  *static_cast<int64_t*>(place.mutable_data_ptr()) = crowded == none ? -1 : crowded.load();
+  return {compressed, bitmask, place};
+}
+
+Three compress_bitmask(const Tensor& weight) {
+  Tensor values = weight;
+  const std::optional<Sparse> problem = describe(weight, values);
+  if (!problem.has_value()) return reference("compressed_format::compress_bitmask_reference", weight);
+  const int64_t rows = problem->rows;
+  Tensor bitmask = new_values(values, {rows, mask_bytes(problem->columns)}, ScalarType::Byte, 1);
+  Tensor row_offsets = torch::stable::new_empty(values, {rows}, ScalarType::Long);
+  auto* const bits = static_cast<uint8_t*>(bitmask.mutable_data_ptr());
+  auto* const starts = static_cast<int64_t*>(row_offsets.mutable_data_ptr());
+  const SparseKernel& kernel = *sparse_kernel.get();
+  by_rows(*problem, [&](int64_t first, int64_t last) { kernel.find_values(*problem, bits, starts, first, last); });
+  int64_t count = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t in_row = starts[row];
+    starts[row] = count;
+    count += in_row;
+  }
+  Tensor compressed = new_values(values, {count}, weight.scalar_type(), element_bytes(problem->type));
+  void* const target = compressed.mutable_data_ptr();
+  by_rows(*problem, [&](int64_t first, int64_t last) {
+    kernel.keep_values(*problem, bits, starts, target, first, last);
+  });
+  return {compressed, bitmask, row_offsets};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(compressed_format, CPU, library) {
+  library.impl("prune_2_of_4", TORCH_BOX(&prune_2_of_4));
+  library.impl("compress_2_of_4", TORCH_BOX(&compress_2_of_4));
+  library.impl("compress_bitmask", TORCH_BOX(&compress_bitmask));
+}
+
+}  // namespace
+}  // namespace compressed_format
