@@ -12,7 +12,11 @@
 namespace compressed_format {
 
 const QuantizedLinearKernel* select_quantized_linear(QuantizedLinear& problem) {
-  return takes(*problem.weight, *problem.activations) ? quantized_linear_kernels.get() : nullptr;
+  if (!has_whole_rows(*problem.weight, *problem.activations)) {
+    problem.span = span_of(*problem.weight, *problem.activations);
+    if (problem.span == 0) return nullptr;
+  }
+  return quantized_linear_kernels.get();
 }
 
 namespace {

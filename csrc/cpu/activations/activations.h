@@ -35,8 +35,8 @@ struct Range {
   float greatest;
 };
 
-// What the codes of a token stand for: (code - zero_point) * scale. A scale that is not a number says that some value
-// was none.
+// What the codes of a group of a token stand for: (code - zero_point) * scale. A scale that is not a number says that
+// some value was none.
 struct TokenScale {
   float scale;
   int32_t zero_point;
@@ -49,8 +49,8 @@ struct ActivationKernel {
   void (*ranges)(const Activations& problem, Range* ranges, int64_t first, int64_t last);
   // Values after a round trip, of the type of x, [tokens, columns].
   void (*fake_quantize)(const Activations& problem, const Range* whole, void* y, int64_t first, int64_t last);
-  // Codes with one scale a token, as int8 (integers) or bfloat16 (E4M3): token `first` to the beginning of `codes`,
-  // the next so many elements after it. What is behind the columns of a token stays as it is.
+  // Codes, as int8 (integers) or bfloat16 (E4M3): token `first` to the beginning of `codes`, the next one `stride`
+  // elements after it. What is behind the columns of a token stays as it is. Of each token a scale for each group.
   void (*codes)(const Activations& problem, const Range* whole, void* codes, int64_t stride, TokenScale* scales,
                 int64_t first, int64_t last);
 };

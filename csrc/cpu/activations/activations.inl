@@ -160,38 +160,48 @@ void fake_quantize_as(const Activations& problem, const Range* whole, void* y, i
 }
 
 template <Float type, Float scale_type>
+TokenScale codes_of_group(const char* x, int64_t count, const Codes8& codes, const Step& step, void* target) {
+  // Lanes beyond the last column hold no code, and must not be counted.
+  F32 total = zero(), poison = zero();
+  if (codes.is_float) {
+    auto* const halves = static_cast<char*>(target);
+    round_group<type, scale_type>(x, count, codes, step, [&](int64_t i, F32 values, int part) {
+      store<Float::bfloat16>(halves + 2 * i, values, part);
+    });
+  } else {
+    auto* const bytes = static_cast<int8_t*>(target);
+    round_group<type, scale_type>(x, count, codes, step, [&](int64_t i, F32 values, int part) {
+      F32 given = values;
+      if (part < lanes) {
+        float kept[lanes];
+        store_float32(kept, values, part);
+        given = load_float32(kept, part);
+      }
+      const F32 numbers = maximum(given, codes.lowest);
+      poison = multiply_add(given, zero(), poison);
+      total = total + numbers;
+      part == lanes ? store_int8(bytes + i, numbers) : store_int8(bytes + i, numbers, part);
+    });
+  }
+  // Sums are whole numbers below 2**24: floats hold them all.
+  return {step.scale + sum(poison), static_cast<int32_t>(step.zero_point), static_cast<int32_t>(sum(total))};
+}
+
+template <Float type, Float scale_type>
 void codes_as(const Activations& problem, const Range* whole, void* target, int64_t stride, TokenScale* scales,
               int64_t first, int64_t last) {
   const Codes8 codes(problem);
+  const int64_t groups = problem.columns / problem.group_size, code_bytes = problem.is_float ? 2 : 1;
   for (int64_t token = first; token < last; ++token) {
-    const Step step = step_at<type, scale_type>(problem, whole, token, 0);
-    const auto* const x = static_cast<const char*>(problem.x) + token * problem.columns * float_bytes(type);
-    // Lanes beyond the last column hold no code, and must not be counted.
-    F32 total = zero(), poison = zero();
-    if (problem.is_float) {
-      auto* const row = static_cast<char*>(target) + (token - first) * stride * 2;
-      round_group<type, scale_type>(x, problem.columns, codes, step, [&](int64_t i, F32 values, int part) {
-        store<Float::bfloat16>(row + 2 * i, values, part);
-      });
-    } else {
-      auto* const row = static_cast<int8_t*>(target) + (token - first) * stride;
-      round_group<type, scale_type>(x, problem.columns, codes, step, [&](int64_t i, F32 values, int part) {
-        F32 given = values;
-        if (part < lanes) {
-          float kept[lanes];
-          store_float32(kept, values, part);
-          given = load_float32(kept, part);
-        }
-        const F32 numbers = maximum(given, codes.lowest);
-        poison = multiply_add(given, zero(), poison);
-        total = total + numbers;
-        part == lanes ? store_int8(row + i, numbers) : store_int8(row + i, numbers, part);
-      });
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t begin = group * problem.group_size;
+      const auto* const x =
+          static_cast<const char*>(problem.x) + (token * problem.columns + begin) * float_bytes(type);
+      char* const to = static_cast<char*>(target) + ((token - first) * stride + begin) * code_bytes;
+      const Step step = step_at<type, scale_type>(problem, whole, token, group);
+      scales[(token - first) * groups + group] =
+          codes_of_group<type, scale_type>(x, problem.group_size, codes, step, to);
     }
-    TokenScale& scale = scales[token - first];
-    scale.scale = step.scale + sum(poison);
-    scale.zero_point = static_cast<int32_t>(step.zero_point);
-    scale.sum = static_cast<int32_t>(sum(total));  // whole numbers below 2**24: floats hold them all
   }
 }
 

@@ -27,17 +27,17 @@ struct Int8 {
   static constexpr int32_t offset = 0;
 
   template <int M>
-  static void dots(const char* const* rows, const Weight& weight, const char* x, int64_t x_stride, Sum* sums) {
+  static void dots(const char* const* rows, int64_t columns, const char* x, int64_t x_stride, Sum* sums) {
     // Two rows at a time: with four tokens, as many sums as there are registers beside their operands.
     for (int64_t row = 0; row < rows_at_once; row += 2) {
       __m256i total[2][M];
       for (auto& of_row : total) {
         for (__m256i& sum : of_row) sum = _mm256_setzero_si256();
       }
-      for (int64_t i = 0; i < weight.columns; i += 16) {
+      for (int64_t i = 0; i < columns; i += 16) {
         __m256i codes[2];
         for (int r = 0; r < 2; ++r) {
-          codes[r] = _mm256_cvtepi8_epi16(load_codes(rows[row + r] + i, weight.columns - i));
+          codes[r] = _mm256_cvtepi8_epi16(load_codes(rows[row + r] + i, columns - i));
         }
         for (int token = 0; token < M; ++token) {
           const char* const at = x + token * x_stride + i;
@@ -80,19 +80,19 @@ struct Float8 {
   }
 
   template <int M>
-  static void dots(const char* const* rows, const Weight& weight, const char* x, int64_t x_stride, Sum* sums) {
+  static void dots(const char* const* rows, int64_t columns, const char* x, int64_t x_stride, Sum* sums) {
     for (int64_t row = 0; row < rows_at_once; row += 2) {
       F32 total[2][M];
       for (auto& of_row : total) {
         for (F32& sum : of_row) sum = zero();
       }
-      for (int64_t i = 0; i < weight.columns; i += lanes) {
+      for (int64_t i = 0; i < columns; i += lanes) {
         F32 values[2];
         for (int r = 0; r < 2; ++r) {
           const char* const at = rows[row + r] + i;
-          const bool whole = weight.columns - i >= lanes;
+          const bool whole = columns - i >= lanes;
           values[r] = widen(whole ? _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at))
-                                  : load_part<1>(at, static_cast<int>(weight.columns - i)));
+                                  : load_part<1>(at, static_cast<int>(columns - i)));
         }
         for (int token = 0; token < M; ++token) {
           const F32 codes = load_bfloat16(x + token * x_stride + 2 * i);
@@ -115,6 +115,6 @@ struct Float8 {
 
 namespace compressed_format {
 
-const QuantizedLinearKernel quantized_linear_avx2 = by_token;
+const QuantizedLinearKernel quantized_linear_avx2 = by_problem;
 
 }  // namespace compressed_format

@@ -71,7 +71,7 @@ struct Int8 {
   static Sum sum_of(Vector total) { return _mm512_reduce_add_epi32(total); }
 
   template <int M>
-  static void dots(const char* const* rows, const Weight& weight, const char* x, int64_t x_stride, Sum* sums);
+  static void dots(const char* const* rows, int64_t columns, const char* x, int64_t x_stride, Sum* sums);
 
   static int32_t sum_of_row(const char* row, int64_t columns) {
     __m512i total = none();
@@ -109,17 +109,27 @@ struct Float8 {
     __m512i first, second;
   };
 
-  // 64 codes to 64 bfloat16, in order: each byte of the result from a table, the sign from the code.
-  static Pair decode(__m512i codes) {
-    // Unpacking joins the halves of each quarter: the first and the second half of all have to lie in those.
-    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-    const __m512i spread = _mm512_permutexvar_epi64(order, codes);
-    const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(byte_tables.low), spread,
+  // 64 codes to 64 bfloat16: of each quarter the first half of the codes, then the second.
+  static Pair decode_by_quarters(__m512i codes) {
+    const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(byte_tables.low), codes,
                                                  _mm512_load_si512(byte_tables.low + 64));
-    const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(byte_tables.high), spread,
+    const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(byte_tables.high), codes,
                                                   _mm512_load_si512(byte_tables.high + 64));
-    const __m512i with_sign = _mm512_ternarylogic_epi64(high, spread, _mm512_set1_epi8(-128), 0xf8);
+    const __m512i with_sign = _mm512_ternarylogic_epi64(high, codes, _mm512_set1_epi8(-128), 0xf8);
     return {_mm512_unpacklo_epi8(low, with_sign), _mm512_unpackhi_epi8(low, with_sign)};
+  }
+
+  // The same in order: the first and the second half of all codes go into those of the quarters.
+  static Pair decode(__m512i codes) {
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    return decode_by_quarters(_mm512_permutexvar_epi64(order, codes));
+  }
+
+  // 64 bfloat16 of x, in order, to where decode_by_quarters has those of the weight.
+  static void order_by_quarters(char* x) {
+    const __m512i first = _mm512_loadu_si512(x), second = _mm512_loadu_si512(x + 64);
+    _mm512_storeu_si512(x, _mm512_shuffle_i32x4(first, second, 0x88));
+    _mm512_storeu_si512(x + 64, _mm512_shuffle_i32x4(first, second, 0xdd));
   }
 
   static __m512i raised(const char* codes) {
@@ -141,7 +151,7 @@ struct Float8 {
   static void add_dots(__m512 (&total)[rows_at_once][M], const __m512i (&codes)[rows_at_once], const char* x,
                        int64_t x_stride) {
     for (int64_t row = 0; row < rows_at_once; ++row) {
-      const Pair values = decode(codes[row]);
+      const Pair values = decode_by_quarters(codes[row]);
       for (int token = 0; token < M; ++token) {
         const char* const at = x + token * x_stride;
         total[row][token] = add_product(total[row][token], at, values.first);
@@ -152,31 +162,30 @@ struct Float8 {
   static Sum sum_of(Vector total) { return _mm512_reduce_add_ps(total); }
 
   template <int M>
-  static void dots(const char* const* rows, const Weight& weight, const char* x, int64_t x_stride, Sum* sums);
+  static void dots(const char* const* rows, int64_t columns, const char* x, int64_t x_stride, Sum* sums);
 
   static int32_t sum_of_row(const char*, int64_t) { return 0; }
 };
 
 template <typename Kind, int M>
-void dots_of(const char* const* rows, const Weight& weight, const char* x, int64_t x_stride,
-             typename Kind::Sum* sums) {
+void dots_of(const char* const* rows, int64_t columns, const char* x, int64_t x_stride, typename Kind::Sum* sums) {
   typename Kind::Vector total[rows_at_once][M];
   for (auto& of_row : total) {
     for (auto& sum : of_row) sum = Kind::none();
   }
   __m512i codes[rows_at_once];
   // The processor fetches ahead within a page only, which a row may well fill.
-  const int64_t ahead = rows_at_once * weight.row_bytes;
+  const int64_t ahead = rows_at_once * (rows[1] - rows[0]);
   int64_t i = 0;
-  for (; i + 64 <= weight.columns; i += 64) {
+  for (; i + 64 <= columns; i += 64) {
     for (int64_t row = 0; row < rows_at_once; ++row) {
       codes[row] = _mm512_loadu_si512(rows[row] + i);
       _mm_prefetch(rows[row] + i + ahead, _MM_HINT_T0);
     }
     Kind::template add_dots<M>(total, codes, x + i * Kind::code_bytes, x_stride);
   }
-  if (i < weight.columns) {
-    const __mmask64 rest = _bzhi_u64(~0ull, static_cast<unsigned>(weight.columns - i));
+  if (i < columns) {
+    const __mmask64 rest = _bzhi_u64(~0ull, static_cast<unsigned>(columns - i));
     for (int64_t row = 0; row < rows_at_once; ++row) codes[row] = _mm512_maskz_loadu_epi8(rest, rows[row] + i);
     Kind::template add_dots<M>(total, codes, x + i * Kind::code_bytes, x_stride);
   }
@@ -186,13 +195,13 @@ void dots_of(const char* const* rows, const Weight& weight, const char* x, int64
 }
 
 template <int M>
-void Int8::dots(const char* const* rows, const Weight& weight, const char* x, int64_t x_stride, Sum* sums) {
-  dots_of<Int8, M>(rows, weight, x, x_stride, sums);
+void Int8::dots(const char* const* rows, int64_t columns, const char* x, int64_t x_stride, Sum* sums) {
+  dots_of<Int8, M>(rows, columns, x, x_stride, sums);
 }
 
 template <int M>
-void Float8::dots(const char* const* rows, const Weight& weight, const char* x, int64_t x_stride, Sum* sums) {
-  dots_of<Float8, M>(rows, weight, x, x_stride, sums);
+void Float8::dots(const char* const* rows, int64_t columns, const char* x, int64_t x_stride, Sum* sums) {
+  dots_of<Float8, M>(rows, columns, x, x_stride, sums);
 }
 
 // Sixteen rows of sixteen elements of four bytes to columns.
@@ -241,6 +250,24 @@ size_t bytes_by_panel(const QuantizedLinear& problem) {
   return scales_bytes(problem) + size(panels * (steps_of<Kind>(*problem.activations) + 15) * 64);
 }
 
+// Where a panel begins, in those of all tokens.
+inline int64_t panel_offset(int64_t panel, int64_t steps) {
+  return panel / group_panels * group_panels * steps * 64 + panel % group_panels * 64;
+}
+
+// Sixteen rows of codes to a panel, whose steps are `target_stride` bytes apart.
+inline void lay_out_panel(const char* rows, int64_t row_bytes, int64_t steps, char* target, int64_t target_stride) {
+  for (int64_t step = 0; step < steps; step += 16) {
+    if (steps - step >= 16) {
+      transpose(rows + step * 4, row_bytes, target + step * target_stride, target_stride);
+    } else {
+      alignas(64) char part[16 * 64];
+      transpose(rows + step * 4, row_bytes, part, 64);
+      for (int64_t i = 0; i < steps - step; ++i) __builtin_memcpy(target + (step + i) * target_stride, part + i * 64, 64);
+    }
+  }
+}
+
 template <typename Kind>
 void prepare_by_panel(const QuantizedLinear& problem, void* prepared, int64_t first_part, int64_t last_part) {
   const Activations& activations = *problem.activations;
@@ -256,20 +283,9 @@ void prepare_by_panel(const QuantizedLinear& problem, void* prepared, int64_t fi
       const int64_t row_bytes = stride * Kind::code_bytes;
       __builtin_memset(rows + (last - first) * row_bytes, 0, size((first + panel_tokens - last) * row_bytes));
     }
-    const int64_t group = panel / group_panels, panels = panels_of_group(activations, group);
-    char* const target = static_cast<char*>(prepared) + scales_bytes(problem) + group * group_panels * steps * 64 +
-                         panel % group_panels * 64;
-    for (int64_t step = 0; step < steps; step += 16) {
-      if (steps - step >= 16) {
-        transpose(rows + step * 4, stride * Kind::code_bytes, target + step * panels * 64, panels * 64);
-      } else {
-        alignas(64) char part[16 * 64];
-        transpose(rows + step * 4, stride * Kind::code_bytes, part, 64);
-        for (int64_t i = 0; i < steps - step; ++i) {
-          __builtin_memcpy(target + (step + i) * panels * 64, part + i * 64, 64);
-        }
-      }
-    }
+    const int64_t panels = panels_of_group(activations, panel / group_panels);
+    char* const target = static_cast<char*>(prepared) + scales_bytes(problem) + panel_offset(panel, steps);
+    lay_out_panel(rows, stride * Kind::code_bytes, steps, target, panels * 64);
   }
 }
 
@@ -425,13 +441,23 @@ void run_by_panel(const QuantizedLinear& problem, const void* prepared, int64_t 
 inline bool is_few(const QuantizedLinear& problem) { return problem.activations->tokens <= few_tokens; }
 
 template <typename Kind>
+void prepare_few_rows(const QuantizedLinear& problem, void* prepared, int64_t first_part, int64_t last_part) {
+  prepare_by_token<Kind>(problem, prepared, first_part, last_part);
+  if constexpr (Kind::decodes) {
+    char* const codes = static_cast<char*>(prepared) + scales_bytes(problem);
+    const int64_t bytes = problem.activations->tokens * padded(problem.activations->columns) * Kind::code_bytes;
+    for (int64_t i = 0; i < bytes; i += 128) Kind::order_by_quarters(codes + i);
+  }
+}
+
+template <typename Kind>
 constexpr QuantizedLinearKernel kernel_of = {
     [](const QuantizedLinear& problem) {
       return is_few(problem) ? bytes_by_token<Kind>(problem) : bytes_by_panel<Kind>(problem);
     },
     parts_by_token,  // sixteen tokens, which are a panel
     [](const QuantizedLinear& problem, void* prepared, int64_t first, int64_t last) {
-      (is_few(problem) ? prepare_by_token<Kind> : prepare_by_panel<Kind>)(problem, prepared, first, last);
+      (is_few(problem) ? prepare_few_rows<Kind> : prepare_by_panel<Kind>)(problem, prepared, first, last);
     },
     [](const QuantizedLinear& problem) { return is_few(problem) ? tasks_by_token(problem) : tasks_by_panel(problem); },
     [](const QuantizedLinear& problem) { return is_few(problem) ? tasks_per_thread_by_token(problem) : 1; },
@@ -440,25 +466,28 @@ constexpr QuantizedLinearKernel kernel_of = {
     },
 };
 
+}  // namespace
+}  // namespace compressed_format
+
+#include "cpu/quantized_linear/spans_avx512.inl"
+
+namespace compressed_format {
+namespace {
+
 const QuantizedLinearKernel& kernel_for(const QuantizedLinear& problem) {
-  return problem.activations->is_float ? kernel_of<Float8> : kernel_of<Int8>;
+  const bool is_float = problem.activations->is_float;
+  if (problem.span == 0) return is_float ? kernel_of<Float8> : kernel_of<Int8>;
+  if (is_float) return of_spans<Float8Codes>;
+  return problem.weight->type == Codes::packed ? of_spans<PackedCodes> : of_spans<Int8Codes>;
 }
 
-constexpr QuantizedLinearKernel of_both_kinds = {
-    [](const QuantizedLinear& problem) { return kernel_for(problem).prepared_bytes(problem); },
-    [](const QuantizedLinear& problem) { return kernel_for(problem).parts(problem); },
-    [](const QuantizedLinear& problem, void* prepared, int64_t first, int64_t last) {
-      kernel_for(problem).prepare(problem, prepared, first, last);
-    },
-    [](const QuantizedLinear& problem) { return kernel_for(problem).tasks(problem); },
-    [](const QuantizedLinear& problem) { return kernel_for(problem).tasks_per_thread(problem); },
-    [](const QuantizedLinear& problem, const void* prepared, int64_t first, int64_t last) {
-      kernel_for(problem).run(problem, prepared, first, last);
-    },
-};
-
 }  // namespace
+}  // namespace compressed_format
 
-const QuantizedLinearKernel quantized_linear_avx512 = of_both_kinds;
+#include "cpu/quantized_linear/by_problem.inl"
+
+namespace compressed_format {
+
+const QuantizedLinearKernel quantized_linear_avx512 = by_problem;
 
 }  // namespace compressed_format

@@ -14,13 +14,13 @@ struct Int8 {
   static constexpr int32_t offset = 0;
 
   template <int M>
-  static void dots(const char* const* rows, const Weight& weight, const char* x, int64_t x_stride, Sum* sums) {
+  static void dots(const char* const* rows, int64_t columns, const char* x, int64_t x_stride, Sum* sums) {
     for (int token = 0; token < M; ++token) {
       const auto* const codes = reinterpret_cast<const int8_t*>(x + token * x_stride);
       for (int64_t row = 0; row < rows_at_once; ++row) {
         const auto* const given = reinterpret_cast<const int8_t*>(rows[row]);
         int32_t sum = 0;
-        for (int64_t i = 0; i < weight.columns; ++i) sum += codes[i] * given[i];
+        for (int64_t i = 0; i < columns; ++i) sum += codes[i] * given[i];
         sums[token * rows_of_task + row] = sum;
       }
     }
@@ -39,12 +39,12 @@ struct Float8 {
   static constexpr int32_t offset = 0;
 
   template <int M>
-  static void dots(const char* const* rows, const Weight& weight, const char* x, int64_t x_stride, Sum* sums) {
+  static void dots(const char* const* rows, int64_t columns, const char* x, int64_t x_stride, Sum* sums) {
     for (int64_t row = 0; row < rows_at_once; ++row) {
       F32 total[M];
       for (F32& sum : total) sum = zero();
-      for (int64_t i = 0; i < weight.columns; i += lanes) {
-        const int64_t count = least(lanes, weight.columns - i);
+      for (int64_t i = 0; i < columns; i += lanes) {
+        const int64_t count = least(lanes, columns - i);
         const F32 values = each([&](int lane) {
           if (lane >= count) return 0.0f;
           const auto code = static_cast<unsigned char>(rows[row][i + lane]);
@@ -69,6 +69,6 @@ struct Float8 {
 
 namespace compressed_format {
 
-const QuantizedLinearKernel quantized_linear_portable = by_token;
+const QuantizedLinearKernel quantized_linear_portable = by_problem;
 
 }  // namespace compressed_format

@@ -1,5 +1,5 @@
 // y = x @ dense(weight).T + bias, where x is rounded to codes first, and the codes are multiplied with those of the
-// weight: integers exactly, E4M3 in float32. Scales come in at the end.
+// weight: integers exactly, E4M3 in float32. Scales come in at the end, of rows or of spans.
 #pragma once
 
 #include <cstddef>
@@ -16,6 +16,8 @@ struct QuantizedLinear {
   const Activations* activations = nullptr;
   const ActivationKernel* quantize = nullptr;
   Range whole{};  // of the whole tensor, where its scale is found from that
+  // How many columns are summed up before scales come in; 0 where that is done once for each row, as it has one scale.
+  int64_t span = 0;
 
   const void* bias = nullptr;  // [rows] or null
   Float bias_type = Float::bfloat16;
@@ -23,8 +25,15 @@ struct QuantizedLinear {
   void* y = nullptr;  // [tokens, rows], contiguous, of the type of the activations
 };
 
-// Whether kernels take it: one scale a row of the weight, one a token, and codes that can be multiplied.
-bool takes(const Weight& weight, const Activations& activations);
+// Whether there is one scale a row of the weight and one a token, and codes of a byte: products of whole rows.
+bool has_whole_rows(const Weight& weight, const Activations& activations);
+
+// The most bytes that codes of x have in a span: what a block of rows is decoded into has to stay in the cache.
+constexpr int64_t most_span_bytes = 2048;
+
+// Into how many columns at a time other problems are split, so that no scale changes within; 0 where kernels do not take
+// them. Spans other than the last are multiples of 8 columns: packed codes of any width begin at a byte there.
+int64_t span_of(const Weight& weight, const Activations& activations);
 
 // How a kernel runs: it prepares x for all threads, in parts that may be made at the same time; then it computes y, in
 // tasks that may run at the same time. What a task computes does not depend on who runs it, or with which others.

@@ -6,7 +6,7 @@
 //   code_bytes             how many bytes a code of x has: int8, or bfloat16 for E4M3
 //   offset                 what its products add to each code of the weight; taken off again at the end
 //   dots<M>(...)           sums for four rows and M tokens
-//   sum_of_row(...)        of the codes of the weight (integers only)
+//   sum_of_row(...)        of signed bytes (integers only)
 
 #include "cpu/quantized_linear/quantized_linear.h"
 
@@ -171,10 +171,10 @@ void run_by_token(const QuantizedLinear& problem, const void* prepared, int64_t 
         for (int64_t i = 0; i < rows_at_once; ++i) at[i] = row_of(weight, first + least(row + i, rows.count - 1));
         const char* const codes = x + token * stride;
         switch (count) {
-          case 1: Kind::template dots<1>(at, weight, codes, stride, &sums[0][row]); break;
-          case 2: Kind::template dots<2>(at, weight, codes, stride, &sums[0][row]); break;
-          case 3: Kind::template dots<3>(at, weight, codes, stride, &sums[0][row]); break;
-          default: Kind::template dots<4>(at, weight, codes, stride, &sums[0][row]);
+          case 1: Kind::template dots<1>(at, weight.columns, codes, stride, &sums[0][row]); break;
+          case 2: Kind::template dots<2>(at, weight.columns, codes, stride, &sums[0][row]); break;
+          case 3: Kind::template dots<3>(at, weight.columns, codes, stride, &sums[0][row]); break;
+          default: Kind::template dots<4>(at, weight.columns, codes, stride, &sums[0][row]);
         }
       }
       for (int64_t i = 0; i < count; ++i) finish<Kind>(problem, scales[token + i], rows, 0, sums[i], token + i);
