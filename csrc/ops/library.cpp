@@ -26,6 +26,6 @@ COMPRESSED_FORMAT_EXPORT const char* compressed_format_kernels() {
          "pack_codes: int8 codes of 1 to 8 bits\n"
          "prune_2_of_4: plain values\n"
          "quantize: integers of 1 to 8 bits, packed too, and float8_e4m3fn, by tensor, channel, group and block\n"
-         "quantized_linear: int8 and float8_e4m3fn activations by tensor and token\n"
+         "quantized_linear: integers of 1 to 8 bits and float8_e4m3fn, by tensor, token and group\n"
          "unpack_codes: 1 to 8 bits, dense and word-aligned";
 }
