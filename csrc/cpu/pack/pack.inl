@@ -1,7 +1,7 @@
 // The kernel of pack.h. Whoever includes this has defined
 //   `uint64_t join(uint64_t bytes, int bits)`: the low `bits` of each of eight bytes, one after the other;
-//   `int64_t pack_fours(const int8_t* codes, int64_t count, unsigned char* packed)`: codes of four bits, as many as fill
-//   whole vectors, and how many those are.
+//   `int64_t pack_fours(const int8_t* codes, int64_t count, unsigned char* packed)`: codes of four bits, as many as
+//   fill whole vectors, and how many those are.
 
 #include "cpu/pack/pack.h"
 

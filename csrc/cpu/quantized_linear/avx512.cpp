@@ -263,7 +263,9 @@ inline void lay_out_panel(const char* rows, int64_t row_bytes, int64_t steps, ch
     } else {
       alignas(64) char part[16 * 64];
       transpose(rows + step * 4, row_bytes, part, 64);
-      for (int64_t i = 0; i < steps - step; ++i) __builtin_memcpy(target + (step + i) * target_stride, part + i * 64, 64);
+      for (int64_t i = 0; i < steps - step; ++i) {
+        __builtin_memcpy(target + (step + i) * target_stride, part + i * 64, 64);
+      }
     }
   }
 }

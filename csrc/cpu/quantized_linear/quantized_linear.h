@@ -31,8 +31,8 @@ bool has_whole_rows(const Weight& weight, const Activations& activations);
 // The most bytes that codes of x have in a span: what a block of rows is decoded into has to stay in the cache.
 constexpr int64_t most_span_bytes = 2048;
 
-// Into how many columns at a time other problems are split, so that no scale changes within; 0 where kernels do not take
-// them. Spans other than the last are multiples of 8 columns: packed codes of any width begin at a byte there.
+// Into how many columns at a time other problems are split, so that no scale changes within; 0 where kernels do not
+// take them. Spans other than the last are multiples of 8 columns: packed codes of any width begin at a byte there.
 int64_t span_of(const Weight& weight, const Activations& activations);
 
 // How a kernel runs: it prepares x for all threads, in parts that may be made at the same time; then it computes y, in

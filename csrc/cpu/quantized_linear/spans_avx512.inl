@@ -138,7 +138,8 @@ void prepare_few(const QuantizedLinear& problem, void* prepared) {
   auto* const memory = static_cast<char*>(prepared);
   auto* const scales = reinterpret_cast<float*>(memory);
   auto* const zero_points = reinterpret_cast<int32_t*>(scales + places.spans * places.tokens);
-  const size_t scales_bytes = size(ceil_div(groups_of(activations) * static_cast<int64_t>(sizeof(TokenScale)), 64) * 64);
+  const int64_t stored = groups_of(activations) * static_cast<int64_t>(sizeof(TokenScale));
+  const size_t scales_bytes = size(ceil_div(stored, 64) * 64);
   auto* const given = static_cast<TokenScale*>(
       scratch(Scratch::for_this_thread, scales_bytes + size(activations.columns * Kind::code_bytes)));
   char* const row = reinterpret_cast<char*>(given) + scales_bytes;
@@ -235,7 +236,8 @@ void dots_of_task(const QuantizedLinear& problem, const Reader& read, const char
                   const float* scales, const int32_t* zero_points, float* sums) {
   const int64_t spans = spans_of(problem);
   for (int64_t row = 0; row < rows_of_task; row += R) {
-    const auto dots = needs_sums_of_codes(problem) ? dots_of_spans<Reader, R, M, true> : dots_of_spans<Reader, R, M, false>;
+    const bool summed = needs_sums_of_codes(problem);
+    const auto dots = summed ? dots_of_spans<Reader, R, M, true> : dots_of_spans<Reader, R, M, false>;
     dots(problem, read, prepared, rows + row, scales + row * spans, zero_points + row * spans, sums + row);
   }
 }
