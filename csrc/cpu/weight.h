@@ -37,7 +37,8 @@ struct Weight {
   int64_t columns = 0;
 
   // One scale for each rectangle of block_rows x block_columns,
-  // [ceil(rows / block_rows), ceil(columns / block_columns)]. A weight with a single scale has rectangles as large as itself. Null for plain values.
+  // [ceil(rows / block_rows), ceil(columns / block_columns)]. A weight with a single scale has rectangles as large as
+  // itself. Null for plain values.
   const void* scale = nullptr;
   Float scale_type = Float::bfloat16;
   int64_t block_rows = 1;
