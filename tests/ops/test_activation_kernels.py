@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(_HERE is None, reason="there is no native librar
 
 
 @pytest.mark.parametrize(
-    "program", ["activation_checks", "quantize_checks", "quantized_linear_checks", "sparse_checks"]
+    "program", ["activation_checks", "quantize_checks", "quantized_linear_checks", "span_checks", "sparse_checks"]
 )
 @pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
 def test_kernels_against_the_definition(program: str, instructions: str) -> None:

@@ -310,7 +310,8 @@ void prepare_many(const QuantizedLinear& problem, void* prepared, int64_t first_
       if constexpr (Kind::code_bytes == 1) {
         const __m512i count = _mm512_set1_epi32(-static_cast<int>(columns_of_span(problem, span)));
         __m512i sum = _mm512_mullo_epi32(_mm512_loadu_si512(of_span.zero_point), count);
-        for (int64_t step = span * span_steps; step < least((span + 1) * span_steps, steps); ++step) {
+        const int64_t end = span + 1 < spans ? (span + 1) * span_steps : steps;  // the last may end within a step
+        for (int64_t step = span * span_steps; step < end; ++step) {
           sum = add_products(sum, _mm512_set1_epi8(1), _mm512_loadu_si512(target + step * stride));
         }
         _mm512_storeu_si512(of_span.sum, sum);
