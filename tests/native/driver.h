@@ -42,7 +42,7 @@ class Tensor {
   std::unique_ptr<unsigned char[]> bytes_;
 };
 
-inline float float_of_bits(uint32_t bits) {
+inline float float_of(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
@@ -59,7 +59,7 @@ inline uint16_t to_bfloat16(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-inline float as_bfloat16(float value) { return float_of_bits(static_cast<uint32_t>(to_bfloat16(value)) << 16); }
+inline float as_bfloat16(float value) { return float_of(static_cast<uint32_t>(to_bfloat16(value)) << 16); }
 
 inline float from_float16(uint16_t half) {
   const int exponent = half >> 10 & 31, fraction = half & 1023;
@@ -85,7 +85,7 @@ inline float get(const void* values, Float type, int64_t index) {
   }
   uint16_t half;
   std::memcpy(&half, at, sizeof half);
-  return type == Float::float16 ? from_float16(half) : float_of_bits(static_cast<uint32_t>(half) << 16);
+  return type == Float::float16 ? from_float16(half) : float_of(static_cast<uint32_t>(half) << 16);
 }
 
 inline void set(void* values, Float type, int64_t index, float value) {

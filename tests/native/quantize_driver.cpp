@@ -141,7 +141,7 @@ bool right(Scheme scheme, Float type, int64_t rows, int64_t columns, int64_t blo
 }
 
 float bfloat16_of(int exponent, int significand) {
-  return float_of_bits(static_cast<uint32_t>(exponent) << 23 | static_cast<uint32_t>(significand) << 16);
+  return float_of(static_cast<uint32_t>(exponent) << 23 | static_cast<uint32_t>(significand) << 16);
 }
 
 int to_float8(float value) {

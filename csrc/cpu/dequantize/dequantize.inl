@@ -2,6 +2,8 @@
 // defines, for these, what is declared first. Everything is in an anonymous namespace, and nothing of the standard
 // library is called (CMakeLists.txt says why).
 
+#include "cpu/numbers.h"
+
 namespace compressed_format {
 namespace {
 
@@ -17,8 +19,6 @@ void unpack(const unsigned char* bytes, int bits, int64_t count, int8_t* codes);
 template <int bytes>
 int64_t expand(const unsigned char* mask, int64_t count, const unsigned char* values, int64_t available,
                unsigned char* out);
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // How many columns are worked on at once: their codes stay in the first level of the cache, and a row's length matters
 // little. A multiple of 64, which is how many codes the widest loops take.
@@ -96,12 +96,6 @@ inline void scale_codes(const unsigned char* codes, int bits, int64_t count, Sca
     const F32 product = (load_code<code>(codes + i, rest) - zero_point) * scale;
     store_value<out_type>(out + i * float_bytes(out_type), rounded<scale_type, out_type>(product), rest);
   }
-}
-
-inline float float_of(uint32_t bits) {
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
 }
 
 // Scales come one at a time, where going through a vector would take longer than what is done with them.

@@ -9,9 +9,9 @@ namespace {
 float float8_to_float(unsigned char code) {
   const uint32_t sign = static_cast<uint32_t>(code & 0x80u) << 24;
   const uint32_t magnitude = code & 0x7fu;
-  if (magnitude == 0x7fu) return float_of_bits(sign | 0x7fc00000u);
+  if (magnitude == 0x7fu) return float_of(sign | 0x7fc00000u);
   // Exponent and mantissa where a float has them; the difference of the biases is a factor, exact for subnormals too.
-  return float_of_bits(sign | bits_of(float_of_bits(magnitude << 20) * 0x1p120f));
+  return float_of(sign | bits_of(float_of(magnitude << 20) * 0x1p120f));
 }
 
 F32 load_float8(const unsigned char* codes, int count) {

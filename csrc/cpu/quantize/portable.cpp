@@ -11,7 +11,7 @@ inline uint8_t to_float8(float value) {
     return static_cast<uint8_t>(sign | (((magnitude + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20) - (120u << 3)));
   }
   // Below, all steps are 2**-9, which is what the last bit of a float from 2**14 on counts.
-  return static_cast<uint8_t>(sign | (bits_of(float_of_bits(magnitude) + 0x1p14f) - bits_of(0x1p14f)));
+  return static_cast<uint8_t>(sign | (bits_of(float_of(magnitude) + 0x1p14f) - bits_of(0x1p14f)));
 }
 
 inline void store_float8(void* target, F32 values, int count = lanes) {

@@ -240,7 +240,7 @@ int64_t steps_of(const Activations& activations) {
 }
 
 inline int64_t panels_of_group(const Activations& activations, int64_t group) {
-  return least(group_panels, ceil_div(activations.tokens, panel_tokens) - group * group_panels);
+  return smaller(group_panels, ceil_div(activations.tokens, panel_tokens) - group * group_panels);
 }
 
 template <typename Kind>
@@ -278,7 +278,7 @@ void prepare_by_panel(const QuantizedLinear& problem, void* prepared, int64_t fi
       scratch(Scratch::for_this_thread, size(panel_tokens * stride * Kind::code_bytes)));
   __builtin_memset(rows, 0, size(panel_tokens * stride * Kind::code_bytes));
   for (int64_t panel = first_part; panel < last_part; ++panel) {
-    const int64_t first = panel * panel_tokens, last = least(first + panel_tokens, activations.tokens);
+    const int64_t first = panel * panel_tokens, last = smaller(first + panel_tokens, activations.tokens);
     auto* const scales = static_cast<TokenScale*>(prepared) + first;
     problem.quantize->codes(activations, &problem.whole, rows, stride, scales, first, last);
     if (last < first + panel_tokens) {  // after a whole panel, in the same memory
@@ -371,12 +371,12 @@ template <typename Kind>
 void take_block(const Weight& weight, const Rows& rows, int64_t first_step, int64_t steps, char* decoded,
                 Operand& operand) {
   const int64_t begin = first_step * 4 / Kind::code_bytes;
-  const int64_t columns = least(steps * 4 / Kind::code_bytes, weight.columns - begin);
+  const int64_t columns = smaller(steps * 4 / Kind::code_bytes, weight.columns - begin);
   operand.count = rows.count;
   operand.steps = Kind::decodes ? steps : columns / 4;
   operand.rest = Kind::decodes ? 0 : columns % 4;
   for (int64_t i = 0; i < rows_of_panels + 8; ++i) {
-    const int64_t row = least(i, rows.count - 1);
+    const int64_t row = smaller(i, rows.count - 1);
     const char* const codes = row_of(weight, rows.first + row) + begin;
     operand.rows[i] = Kind::decodes ? decoded + row * decoded_stride : codes;
     if constexpr (Kind::decodes) {
@@ -408,13 +408,13 @@ void run_by_panel(const QuantizedLinear& problem, const void* prepared, int64_t 
     const int64_t chunk = task / row_tasks;  // tasks that follow each other read the same x
     const int64_t first = task % row_tasks * rows_of_panels;
     const int64_t first_token = chunk * chunk_tokens;
-    const int64_t tokens = least(chunk_tokens, activations.tokens - first_token);
+    const int64_t tokens = smaller(chunk_tokens, activations.tokens - first_token);
     const int64_t first_group = first_token / group_tokens, groups = ceil_div(tokens, group_tokens);
     Rows rows;
-    describe<Kind>(problem, first, least(rows_of_panels, weight.rows - first), rows);
+    describe<Kind>(problem, first, smaller(rows_of_panels, weight.rows - first), rows);
     for (int64_t step = 0; step < all_steps; step += block_steps) {
       Operand operand;
-      take_block<Kind>(weight, rows, step, least(block_steps, all_steps - step), memory + sums_bytes, operand);
+      take_block<Kind>(weight, rows, step, smaller(block_steps, all_steps - step), memory + sums_bytes, operand);
       for (int64_t group = 0; group < groups; ++group) {
         const int64_t panels = panels_of_group(activations, first_group + group);
         const char* const at = x + ((first_group + group) * group_panels * all_steps + step * panels) * 64;
@@ -431,7 +431,7 @@ void run_by_panel(const QuantizedLinear& problem, const void* prepared, int64_t 
       for (int64_t token = 0; token < tokens; token += panel_tokens) {
         alignas(64) Sum by_token[panel_tokens][rows_of_task];
         transpose(sums + row * chunk_tokens + token, chunk_tokens * 4, by_token, rows_of_task * 4);
-        for (int64_t i = 0; i < least(panel_tokens, tokens - token); ++i) {
+        for (int64_t i = 0; i < smaller(panel_tokens, tokens - token); ++i) {
           const int64_t index = first_token + token + i;
           finish<Kind>(problem, scales[index], rows, row, by_token[i], index);
         }

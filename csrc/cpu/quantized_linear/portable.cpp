@@ -44,7 +44,7 @@ struct Float8 {
       F32 total[M];
       for (F32& sum : total) sum = zero();
       for (int64_t i = 0; i < columns; i += lanes) {
-        const int64_t count = least(lanes, columns - i);
+        const int64_t count = smaller(lanes, columns - i);
         const F32 values = each([&](int lane) {
           if (lane >= count) return 0.0f;
           const auto code = static_cast<unsigned char>(rows[row][i + lane]);

@@ -8,6 +8,7 @@
 //   dots<M>(...)           sums for four rows and M tokens
 //   sum_of_row(...)        of signed bytes (integers only)
 
+#include "cpu/numbers.h"
 #include "cpu/quantized_linear/quantized_linear.h"
 
 namespace compressed_format {
@@ -18,8 +19,6 @@ constexpr int64_t rows_at_once = 4;
 constexpr int64_t rows_of_task = 16;
 constexpr int64_t most_rows = 48;  // that any task has
 
-inline int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline size_t size(int64_t value) { return static_cast<size_t>(value); }
 
 // Vectors of any instruction set end within a multiple of 64 codes: tokens are padded to it with zeros.
@@ -75,7 +74,7 @@ void describe(const QuantizedLinear& problem, int64_t first, int64_t count, Rows
 inline void store_numbers(Float type, void* y, int64_t index, const float* values, int64_t count) {
   char* const target = static_cast<char*>(y) + index * float_bytes(type);
   for (int64_t i = 0; i < count; i += lanes) {
-    const int part = static_cast<int>(least(lanes, count - i));
+    const int part = static_cast<int>(smaller(lanes, count - i));
     const F32 vector = load_float32(values + i, part);
     char* const at = target + i * float_bytes(type);
     switch (type) {
@@ -111,7 +110,7 @@ void finish(const QuantizedLinear& problem, const TokenScale& token_scale, const
     values[i] = value * scale.scale * rows.scale[begin + i] + rows.bias[begin + i];
   }
   store_numbers(problem.activations->x_type, problem.y, token * weight.rows + rows.first + begin, values,
-                least(rows_of_task, rows.count - begin));
+                smaller(rows_of_task, rows.count - begin));
 }
 
 // The prepared x: what codes of tokens stand for, then the codes.
@@ -131,7 +130,7 @@ template <typename Kind>
 void prepare_by_token(const QuantizedLinear& problem, void* prepared, int64_t first_part, int64_t last_part) {
   const Activations& activations = *problem.activations;
   const int64_t stride = padded(activations.columns);
-  const int64_t first = first_part * 16, last = least(last_part * 16, activations.tokens);
+  const int64_t first = first_part * 16, last = smaller(last_part * 16, activations.tokens);
   auto* const scales = static_cast<TokenScale*>(prepared) + first;
   char* const codes = static_cast<char*>(prepared) + scales_bytes(problem) + first * stride * Kind::code_bytes;
   problem.quantize->codes(activations, &problem.whole, codes, stride, scales, first, last);
@@ -161,14 +160,14 @@ void run_by_token(const QuantizedLinear& problem, const void* prepared, int64_t 
   for (int64_t task = first_task; task < last_task; ++task) {
     Rows rows;
     const int64_t first = task * rows_of_task;
-    describe<Kind>(problem, first, least(rows_of_task, weight.rows - first), rows);
+    describe<Kind>(problem, first, smaller(rows_of_task, weight.rows - first), rows);
     for (int64_t token = 0; token < activations.tokens; token += tokens_at_once) {
-      const int64_t count = least(tokens_at_once, activations.tokens - token);
+      const int64_t count = smaller(tokens_at_once, activations.tokens - token);
       Sum sums[tokens_at_once][rows_of_task] = {};
       for (int64_t row = 0; row < rows.count; row += rows_at_once) {
         // Where there are fewer rows, the last is taken again, into sums that nobody reads.
         const char* at[rows_at_once];
-        for (int64_t i = 0; i < rows_at_once; ++i) at[i] = row_of(weight, first + least(row + i, rows.count - 1));
+        for (int64_t i = 0; i < rows_at_once; ++i) at[i] = row_of(weight, first + smaller(row + i, rows.count - 1));
         const char* const codes = x + token * stride;
         switch (count) {
           case 1: Kind::template dots<1>(at, weight.columns, codes, stride, &sums[0][row]); break;

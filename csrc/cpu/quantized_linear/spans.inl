@@ -11,7 +11,7 @@ namespace {
 inline int64_t spans_of(const QuantizedLinear& problem) { return ceil_div(problem.weight->columns, problem.span); }
 
 inline int64_t columns_of_span(const QuantizedLinear& problem, int64_t span) {
-  return least(problem.span, problem.weight->columns - span * problem.span);
+  return smaller(problem.span, problem.weight->columns - span * problem.span);
 }
 
 inline int64_t groups_of(const Activations& activations) { return activations.columns / activations.group_size; }
@@ -25,7 +25,7 @@ void for_each_scale(const Weight& weight, int64_t row, Give give) {
   const int64_t begin = row / weight.block_rows * weight.scale_columns;
   const auto* const scales = static_cast<const char*>(weight.scale) + begin * float_bytes(weight.scale_type);
   for (int64_t i = 0; i < weight.scale_columns; i += lanes) {
-    const int part = static_cast<int>(least(lanes, weight.scale_columns - i));
+    const int part = static_cast<int>(smaller(lanes, weight.scale_columns - i));
     const char* const at = scales + i * float_bytes(weight.scale_type);
     F32 values;
     switch (weight.scale_type) {
@@ -70,14 +70,14 @@ inline void take_row(const QuantizedLinear& problem, int64_t row, int32_t offset
     for_each_scale(weight, row, [&](int64_t i, float value) { scale[i] = value; });
   } else {
     for_each_scale(weight, row, [&](int64_t i, float value) {
-      for (int64_t s = i * repeated; s < least((i + 1) * repeated, spans); ++s) scale[s] = value;
+      for (int64_t s = i * repeated; s < smaller((i + 1) * repeated, spans); ++s) scale[s] = value;
     });
   }
   if (weight.zero_points == ZeroPoints::none) {
     for (int64_t s = 0; s < spans; ++s) zero_point[s] = offset;
   } else {
     for_each_zero_point(weight, row, [&](int64_t i, int32_t value) {
-      for (int64_t s = i * repeated; s < least((i + 1) * repeated, spans); ++s) zero_point[s] = value + offset;
+      for (int64_t s = i * repeated; s < smaller((i + 1) * repeated, spans); ++s) zero_point[s] = value + offset;
     });
   }
 }

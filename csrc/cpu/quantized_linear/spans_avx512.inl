@@ -123,7 +123,7 @@ inline __m512i sums_of_lanes(const char* codes, int64_t count, int32_t zero_poin
   const __m512i ones = _mm512_set1_epi8(1);
   __m512i sum = _mm512_setzero_si512(), places = sum;
   for (int64_t i = 0; i < count; i += 64) {
-    const __m512i there = _mm512_maskz_mov_epi8(first_bytes(least(64, count - i)), ones);
+    const __m512i there = _mm512_maskz_mov_epi8(first_bytes(smaller(64, count - i)), ones);
     sum = add_products(sum, there, _mm512_loadu_si512(codes + i));
     places = add_products(places, there, ones);
   }
@@ -251,11 +251,11 @@ void run_few(const QuantizedLinear& problem, const void* prepared, int64_t first
   auto* const scales = static_cast<float*>(scratch(Scratch::for_this_thread, size(rows_of_task * spans * 8)));
   auto* const zero_points = reinterpret_cast<int32_t*>(scales + rows_of_task * spans);
   for (int64_t task = first_task; task < last_task; ++task) {
-    const int64_t first = task * rows_of_task, count = least(rows_of_task, weight.rows - first);
+    const int64_t first = task * rows_of_task, count = smaller(rows_of_task, weight.rows - first);
     const char* rows[rows_of_task];
     for (int64_t i = 0; i < rows_of_task; ++i) {
       // Where there are fewer rows, the last is taken again, into sums that nobody reads.
-      const int64_t row = first + least(i, count - 1);
+      const int64_t row = first + smaller(i, count - 1);
       rows[i] = row_of(weight, row);
       take_row(problem, row, read.offset, scales + i * spans, zero_points + i * spans);
     }
@@ -292,7 +292,7 @@ void prepare_many(const QuantizedLinear& problem, void* prepared, int64_t first_
       Scratch::for_this_thread, size(panel_tokens * (row_bytes + groups * static_cast<int64_t>(sizeof(TokenScale))))));
   auto* const given = reinterpret_cast<TokenScale*>(rows + panel_tokens * row_bytes);
   for (int64_t panel = first_part; panel < last_part; ++panel) {
-    const int64_t first = panel * panel_tokens, last = least(first + panel_tokens, activations.tokens);
+    const int64_t first = panel * panel_tokens, last = smaller(first + panel_tokens, activations.tokens);
     __builtin_memset(rows, 0, size(panel_tokens * row_bytes));
     problem.quantize->codes(activations, &problem.whole, rows, row_bytes / Kind::code_bytes, given, first, last);
     const int64_t stride = panels_of_group(activations, panel / group_panels) * 64;
@@ -425,21 +425,21 @@ void run_many(const QuantizedLinear& problem, const void* prepared, int64_t firs
   auto* const sums = zero_points + rows_of_memory * spans;
   for (int64_t task = first_task; task < last_task; ++task) {
     const int64_t chunk = task / row_tasks;  // tasks that follow each other read the same x
-    const int64_t first = task % row_tasks * rows_of_panels, count = least(rows_of_panels, weight.rows - first);
-    const int64_t first_token = chunk * chunk_tokens, tokens = least(chunk_tokens, activations.tokens - first_token);
+    const int64_t first = task % row_tasks * rows_of_panels, count = smaller(rows_of_panels, weight.rows - first);
+    const int64_t first_token = chunk * chunk_tokens, tokens = smaller(chunk_tokens, activations.tokens - first_token);
     const int64_t first_group = first_token / group_tokens, groups = ceil_div(tokens, group_tokens);
     for (int64_t i = 0; i < rows_of_memory; ++i) {
-      take_row(problem, first + least(i, count - 1), read.offset, scales + i * spans, zero_points + i * spans);
+      take_row(problem, first + smaller(i, count - 1), read.offset, scales + i * spans, zero_points + i * spans);
     }
     __builtin_memset(totals, 0, size(totals_bytes));
     for (int64_t block = 0; block < spans; block += spans_of_block) {
-      const int64_t end = least(block + spans_of_block, spans), begin = block * problem.span;
-      const int64_t columns = least(end * problem.span, weight.columns) - begin;
+      const int64_t end = smaller(block + spans_of_block, spans), begin = block * problem.span;
+      const int64_t columns = smaller(end * problem.span, weight.columns) - begin;
       const int64_t piece = with_sums ? problem.span : columns;
       for (int64_t i = 0; i < count; ++i) {
         for (int64_t column = 0; column < columns; column += piece) {
           sums[i * spans + block + column / piece] =
-              decode_columns(read, row_of(weight, first + i), begin + column, least(piece, columns - column),
+              decode_columns(read, row_of(weight, first + i), begin + column, smaller(piece, columns - column),
                              decoded + i * decoded_stride + column * code_bytes);
         }
       }
@@ -468,8 +468,8 @@ void run_many(const QuantizedLinear& problem, const void* prepared, int64_t firs
       for (int64_t token = 0; token < tokens; token += panel_tokens) {
         alignas(64) float by_token[panel_tokens][rows_of_task];
         transpose(totals + row * chunk_tokens + token, chunk_tokens * 4, by_token, rows_of_task * 4);
-        for (int64_t i = 0; i < least(panel_tokens, tokens - token); ++i) {
-          finish_spans(problem, first + row, least(rows_of_task, count - row), by_token[i], first_token + token + i);
+        for (int64_t i = 0; i < smaller(panel_tokens, tokens - token); ++i) {
+          finish_spans(problem, first + row, smaller(rows_of_task, count - row), by_token[i], first_token + token + i);
         }
       }
     }

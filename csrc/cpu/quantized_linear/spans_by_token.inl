@@ -13,7 +13,7 @@ inline void unpack(const char* row, int bits, int64_t begin, int64_t count, int8
   const int32_t half = 1 << (bits - 1);
   const uint64_t mask = (1u << bits) - 1u;
   for (int64_t i = 0; i < count; i += 8) {
-    const int64_t part = least(8, count - i);
+    const int64_t part = smaller(8, count - i);
     uint64_t window = 0;
     __builtin_memcpy(&window, from, size(ceil_div(part * bits, 8)));
     for (int64_t k = 0; k < part; ++k) {
@@ -43,7 +43,7 @@ void prepare_spans(const QuantizedLinear& problem, void* prepared, int64_t first
   auto* const scales = static_cast<TokenScale*>(prepared);
   char* const codes = static_cast<char*>(prepared) + span_scales_bytes(problem);
   auto* const given = static_cast<TokenScale*>(scratch(Scratch::for_this_thread, size(groups) * sizeof(TokenScale)));
-  for (int64_t token = first_part * 16; token < least(last_part * 16, activations.tokens); ++token) {
+  for (int64_t token = first_part * 16; token < smaller(last_part * 16, activations.tokens); ++token) {
     char* const row = codes + token * stride * Kind::code_bytes;
     problem.quantize->codes(activations, &problem.whole, row, stride, given, token, token + 1);
     __builtin_memset(row + activations.columns * Kind::code_bytes, 0,
@@ -97,17 +97,17 @@ void run_spans(const QuantizedLinear& problem, const void* prepared, int64_t fir
   auto* const zero_points = reinterpret_cast<int32_t*>(row_scales + scales_count);
   auto* const unpacked = reinterpret_cast<int8_t*>(zero_points + scales_count);
   for (int64_t task = first_task; task < last_task; ++task) {
-    const int64_t first = task * rows_of_task, count = least(rows_of_task, weight.rows - first);
+    const int64_t first = task * rows_of_task, count = smaller(rows_of_task, weight.rows - first);
     __builtin_memset(totals, 0, size(totals_count) * 4);
     for (int64_t row = 0; row < count; row += rows_at_once) {
       for (int64_t r = 0; r < rows_at_once; ++r) {
-        take_row(problem, first + least(row + r, count - 1), 0, row_scales + r * spans, zero_points + r * spans);
+        take_row(problem, first + smaller(row + r, count - 1), 0, row_scales + r * spans, zero_points + r * spans);
       }
       for (int64_t span = 0; span < spans; ++span) {
         const int64_t columns = columns_of_span(problem, span), begin = span * problem.span;
         SpanOfRows given;
         for (int64_t r = 0; r < rows_at_once; ++r) {
-          const char* const codes = row_of(weight, first + least(row + r, count - 1));
+          const char* const codes = row_of(weight, first + smaller(row + r, count - 1));
           given.rows[r] = codes + begin;
           if (packed) {
             unpack(codes, weight.bits, begin, columns, unpacked + r * most_span_bytes);
@@ -121,7 +121,7 @@ void run_spans(const QuantizedLinear& problem, const void* prepared, int64_t fir
           const char* const at = x + token * stride + begin * Kind::code_bytes;
           const TokenScale* const of_token = scales + token * spans + span;
           float* const into = totals + token * rows_of_task + row;
-          switch (least(tokens_at_once, activations.tokens - token)) {
+          switch (smaller(tokens_at_once, activations.tokens - token)) {
             case 1: add_span<Kind, 1>(given, columns, at, stride, of_token, spans, into); break;
             case 2: add_span<Kind, 2>(given, columns, at, stride, of_token, spans, into); break;
             case 3: add_span<Kind, 3>(given, columns, at, stride, of_token, spans, into); break;

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/numbers.h"
+
 namespace compressed_format {
 namespace {
 
@@ -24,19 +26,7 @@ inline F32 each(Operation operation) {
   return result;
 }
 
-inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-inline float float_of_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline float bfloat16_to_float(uint16_t half) { return float_of_bits(static_cast<uint32_t>(half) << 16); }
+inline float bfloat16_to_float(uint16_t half) { return float_of(static_cast<uint32_t>(half) << 16); }
 
 inline uint16_t float_to_bfloat16(float value) {
   const uint32_t bits = bits_of(value);
@@ -47,9 +37,9 @@ inline uint16_t float_to_bfloat16(float value) {
 inline float float16_to_float(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
   const uint32_t magnitude = half & 0x7fffu;
-  if (magnitude >= 0x7c00u) return float_of_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  if (magnitude >= 0x7c00u) return float_of(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
   // Exponent and mantissa where a float has them; the difference of the biases is a factor, exact for subnormals too.
-  return float_of_bits(sign | bits_of(float_of_bits(magnitude << 13) * 0x1p112f));
+  return float_of(sign | bits_of(float_of(magnitude << 13) * 0x1p112f));
 }
 
 inline uint16_t float_to_float16(float value) {
@@ -59,7 +49,7 @@ inline uint16_t float_to_float16(float value) {
   if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
   if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and more round to infinity
   if (magnitude < 0x38800000u) {  // below the smallest normal number: adding a power of two leaves the right bits
-    return static_cast<uint16_t>(sign | (bits_of(float_of_bits(magnitude) + 0.5f) - bits_of(0.5f)));
+    return static_cast<uint16_t>(sign | (bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f)));
   }
   const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u);
   return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
@@ -119,14 +109,14 @@ inline F32 operator/(F32 a, F32 b) { return each([&](int i) { return a.v[i] / b.
 // The second where one of them is not a number, as the processors' own instructions do.
 inline F32 minimum(F32 a, F32 b) { return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
 inline F32 maximum(F32 a, F32 b) { return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
-inline F32 absolute(F32 a) { return each([&](int i) { return float_of_bits(bits_of(a.v[i]) & 0x7fffffffu); }); }
+inline F32 absolute(F32 a) { return each([&](int i) { return float_of(bits_of(a.v[i]) & 0x7fffffffu); }); }
 // a * b + c, rounded once where the processor can (here it is rounded twice): for sums, never for codes or scales.
 inline F32 multiply_add(F32 a, F32 b, F32 c) { return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
 // To a whole number, ties to even, with the sign of what is rounded to zero. Magnitudes of 2**22 and more do not occur.
 inline F32 round_to_even(F32 a) {
   constexpr float magic = 0x1.8p23f;
   return each([&](int i) {
-    return float_of_bits(bits_of((a.v[i] + magic) - magic) | (bits_of(a.v[i]) & 0x80000000u));
+    return float_of(bits_of((a.v[i] + magic) - magic) | (bits_of(a.v[i]) & 0x80000000u));
   });
 }
 // To the nearest bfloat16 or float16, and back.

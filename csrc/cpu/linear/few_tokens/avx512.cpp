@@ -9,6 +9,8 @@
 #include <immintrin.h>
 
 #include "cpu/linear/linear.h"
+#include "cpu/simd/avx512_floats.h"
+#include "cpu/zero_point.h"
 
 namespace compressed_format {
 namespace {
@@ -48,42 +50,6 @@ int column_of(Decoding decoding, int fragment, int lane) {
 
 // Which sums of a chunk belong to its second group, where groups have 32 columns.
 __mmask16 second_group(Decoding decoding) { return decoding == Decoding::nibbles ? 0xf0f0 : 0xff00; }
-
-uint32_t bits_of(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-float to_float(const void* source, int64_t index, Float type) {
-  if (type == Float::float32) {
-    float value;
-    __builtin_memcpy(&value, static_cast<const char*>(source) + 4 * index, sizeof value);
-    return value;
-  }
-  uint16_t half;
-  __builtin_memcpy(&half, static_cast<const char*>(source) + 2 * index, sizeof half);
-  if (type == Float::float16) return _cvtsh_ss(half);
-  const uint32_t bits = static_cast<uint32_t>(half) << 16;
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-void store(void* target, int64_t index, Float type, float value) {
-  if (type == Float::float32) {
-    __builtin_memcpy(static_cast<char*>(target) + 4 * index, &value, sizeof value);
-    return;
-  }
-  uint16_t half;
-  if (type == Float::float16) {
-    half = static_cast<uint16_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT));
-  } else {
-    const uint32_t bits = bits_of(value);
-    half = value != value ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-  }
-  __builtin_memcpy(static_cast<char*>(target) + 2 * index, &half, sizeof half);
-}
 
 // The value of a code whose unused high bits may be anything.
 float value_of(const Weight& weight, int code) {
@@ -178,7 +144,7 @@ void prepare_token(const Linear& problem, char* prepared, int64_t token) {
       }
     } else {
       alignas(64) float values[chunk_columns] = {};
-      for (int64_t i = 0; i < count; ++i) values[i] = to_float(x, first + i, problem.x_type);
+      for (int64_t i = 0; i < count; ++i) values[i] = load_float(x, problem.x_type, first + i);
       for (int part = 0; part < 4; ++part) {
         const __m512 found = _mm512_i32gather_ps(_mm512_load_si512(wide_order[part]), values, 4);
         _mm512_store_ps(target + 64 * part, found);
@@ -270,25 +236,6 @@ __attribute__((always_inline)) inline __m512 multiply(__m512 sum, const Fragment
   }
 }
 
-// A group's zero point, less what the tables have taken off already.
-float zero_point_of(const Weight& weight, int64_t scale_row, int64_t scale_column) {
-  if (weight.zero_points == ZeroPoints::int8) {
-    return static_cast<float>(
-        static_cast<const int8_t*>(weight.zero_point)[scale_row * weight.scale_columns + scale_column]);
-  }
-  const int64_t bit = scale_row * weight.bits;
-  const auto* const words = static_cast<const char*>(weight.zero_point);
-  uint32_t word;
-  __builtin_memcpy(&word, words + 4 * (bit / 32 * weight.scale_columns + scale_column), sizeof word);
-  uint64_t window = word;
-  if (bit % 32 + weight.bits > 32) {
-    __builtin_memcpy(&word, words + 4 * ((bit / 32 + 1) * weight.scale_columns + scale_column), sizeof word);
-    window |= static_cast<uint64_t>(word) << 32;
-  }
-  const auto code = static_cast<int>(window >> bit % 32 & ((1u << weight.bits) - 1u));
-  return static_cast<float>(code - (1 << (weight.bits - 1)));
-}
-
 // `rows` rows times `tokens` tokens. A row's sums are made in the same order whatever it is computed with.
 template <Decoding decoding, bool narrow, int rows, int tokens>
 void block(const Linear& problem, const char* prepared, const Decoder<decoding>& decode, int64_t row, int64_t token) {
@@ -340,15 +287,15 @@ void block(const Linear& problem, const char* prepared, const Decoder<decoding>&
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
       const int64_t index = scale_row[r] * weight.scale_columns + group;
-      __m512 scale = _mm512_set1_ps(to_float(weight.scale, index, weight.scale_type));
+      __m512 scale = _mm512_set1_ps(load_float(weight.scale, weight.scale_type, index));
       if (second) {
-        const __m512 other = _mm512_set1_ps(to_float(weight.scale, index + 1, weight.scale_type));
+        const __m512 other = _mm512_set1_ps(load_float(weight.scale, weight.scale_type, index + 1));
         scale = _mm512_mask_mov_ps(scale, second_group(decoding), other);
       }
       if (zero_points) {
-        __m512 zero = _mm512_set1_ps(zero_point_of(weight, scale_row[r], group));
+        __m512 zero = _mm512_set1_ps(static_cast<float>(zero_point_at(weight, scale_row[r], group)));
         if (second) {
-          const __m512 other = _mm512_set1_ps(zero_point_of(weight, scale_row[r], group + 1));
+          const __m512 other = _mm512_set1_ps(static_cast<float>(zero_point_at(weight, scale_row[r], group + 1)));
           zero = _mm512_mask_mov_ps(zero, second_group(decoding), other);
         }
         for (int t = 0; t < tokens; ++t) {
@@ -363,10 +310,10 @@ void block(const Linear& problem, const char* prepared, const Decoder<decoding>&
     }
   }
   for (int r = 0; r < rows; ++r) {
-    const float bias = problem.bias == nullptr ? 0.0f : to_float(problem.bias, row + r, problem.bias_type);
+    const float bias = problem.bias == nullptr ? 0.0f : load_float(problem.bias, problem.bias_type, row + r);
     for (int t = 0; t < tokens; ++t) {
       const float value = _mm512_reduce_add_ps(total[r][t]) + bias;
-      store(problem.y, (token + t) * weight.rows + row + r, problem.x_type, value);
+      store_float(problem.y, problem.x_type, (token + t) * weight.rows + row + r, value);
     }
   }
 }

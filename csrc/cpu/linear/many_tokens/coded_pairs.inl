@@ -1,6 +1,9 @@
 // Pairs whose weights are decoded from codes in an order of their own, which is faster; x is packed in the same order,
 // so that nobody has to undo it.
 
+#include "cpu/simd/avx512_floats.h"
+#include "cpu/zero_point.h"
+
 namespace compressed_format {
 namespace {
 
@@ -30,36 +33,6 @@ inline __m512i every(int stride) {
     order[i] = static_cast<uint16_t>(i % places * stride + i / places);
   }
   return _mm512_load_si512(order);
-}
-
-inline float to_float(const void* source, int64_t index, Float type) {
-  float value;
-  if (type == Float::float32) {
-    __builtin_memcpy(&value, static_cast<const char*>(source) + 4 * index, sizeof value);
-    return value;
-  }
-  uint16_t half;
-  __builtin_memcpy(&half, static_cast<const char*>(source) + 2 * index, sizeof half);
-  if (type == Float::float16) return _cvtsh_ss(half);
-  const uint32_t bits = static_cast<uint32_t>(half) << 16;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-// A group's zero point, less half the range as codes are.
-inline float zero_point_of(const Weight& weight, int64_t scale_row, int64_t group) {
-  if (weight.zero_points == ZeroPoints::int8) {
-    return static_cast<const int8_t*>(weight.zero_point)[scale_row * weight.scale_columns + group];
-  }
-  // The words of one group lie a row of words apart; a zero point of odd width may straddle two of them.
-  const int64_t bit = scale_row * weight.bits, row_bytes = 4 * weight.scale_columns;
-  const char* const source = static_cast<const char*>(weight.zero_point) + bit / 32 * row_bytes + 4 * group;
-  uint32_t low, high = 0;
-  __builtin_memcpy(&low, source, sizeof low);
-  if (bit % 32 + weight.bits > 32) __builtin_memcpy(&high, source + row_bytes, sizeof high);
-  const uint64_t both = static_cast<uint64_t>(high) << 32 | low;
-  const auto stored = static_cast<int>(both >> bit % 32 & ((1u << weight.bits) - 1));
-  return static_cast<float>(stored - (1 << (weight.bits - 1)));
 }
 
 // What codes of up to five bits stand for, as dequantizing rounds it. A group's values are made once, into a table that
@@ -95,8 +68,10 @@ class Values {
 
  private:
   F32 product(F32 codes, int64_t scale_row, int64_t group) const {
-    if (weight.zero_points != ZeroPoints::none) codes = codes - broadcast(zero_point_of(weight, scale_row, group));
-    const float scale = to_float(weight.scale, scale_row * weight.scale_columns + group, weight.scale_type);
+    if (weight.zero_points != ZeroPoints::none) {
+      codes = codes - broadcast(static_cast<float>(zero_point_at(weight, scale_row, group)));
+    }
+    const float scale = load_float(weight.scale, weight.scale_type, scale_row * weight.scale_columns + group);
     const F32 exact = codes * broadcast(scale);
     return weight.scale_type == Float::float16 ? as_float16(exact) : exact;
   }

@@ -10,14 +10,13 @@
 // What a multiplication takes of k at once is a step: one float, or a pair of bfloat16. It is four bytes either way, of
 // a row and of a token, so that all but the multiplication itself is the same.
 
+#include "cpu/numbers.h"
+
 namespace compressed_format {
 namespace {
 
 // Rows become columns.
 void transpose(F32 (&rows)[lanes]);
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
 constexpr int64_t step_bytes = 4;
 constexpr int64_t panel_step_bytes = lanes * step_bytes;

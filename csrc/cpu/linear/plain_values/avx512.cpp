@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "cpu/linear/linear.h"
+#include "cpu/simd/avx512_floats.h"
 
 namespace compressed_format {
 namespace {
@@ -16,9 +17,7 @@ constexpr int64_t task_rows = 16;
 constexpr int64_t bytes_per_thread = 64 * 1024;
 constexpr int64_t ahead = 2048;
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-Float float_of(Codes type) {
+Float float_type_of(Codes type) {
   if (type == Codes::bfloat16) return Float::bfloat16;
   return type == Codes::float16 ? Float::float16 : Float::float32;
 }
@@ -31,30 +30,6 @@ __mmask32 first_lanes(int64_t count) {
 __m512 widen(Float type, __m256i halves) {
   if (type == Float::float16) return _mm512_cvtph_ps(halves);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-}
-
-// `lanes` of 16 floats of any type; no memory of others is touched.
-__m512 load_floats(Float type, const char* source, __mmask16 lanes) {
-  if (type == Float::float32) return _mm512_maskz_loadu_ps(lanes, source);
-  return widen(type, _mm256_maskz_loadu_epi16(lanes, source));
-}
-
-void store_float(void* target, Float type, int64_t index, float value) {
-  char* const place = static_cast<char*>(target) + index * float_bytes(type);
-  if (type == Float::float32) {
-    __builtin_memcpy(place, &value, sizeof value);
-    return;
-  }
-  uint32_t half;
-  if (type == Float::float16) {
-    half = static_cast<uint32_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT));
-  } else {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &value, sizeof bits);
-    half = value != value ? 0x7fc0u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  }
-  const auto stored = static_cast<uint16_t>(half);
-  __builtin_memcpy(place, &stored, sizeof stored);
 }
 
 bool takes(const Linear& problem) {
@@ -141,7 +116,7 @@ struct Row {
 template <bool masked, bool pairs, int tokens>
 void multiply(const Linear& problem, int64_t row, int64_t token) {
   const Weight& weight = *problem.weight;
-  const Float type = float_of(weight.type);
+  const Float type = float_type_of(weight.type);
   const int64_t x_value = float_bytes(problem.x_type);
   const char* const x = static_cast<const char*>(problem.x) + token * problem.x_row_bytes;
   Row<masked> values(weight, row);
@@ -165,20 +140,15 @@ void multiply(const Linear& problem, int64_t row, int64_t token) {
 #pragma GCC unroll 4
       for (int t = 0; t < tokens; ++t) {
         const char* const source = x + t * problem.x_row_bytes + x_value * column;
-        const __m512 low = load_floats(problem.x_type, source, static_cast<__mmask16>(first_lanes(count)));
+        const __m512 low = load_floats(source, problem.x_type, 0, count);
         total[t] = _mm512_fmadd_ps(found[0], low, total[t]);
         if (count <= 16) continue;
-        const __m512 high =
-            load_floats(problem.x_type, source + 16 * x_value, static_cast<__mmask16>(first_lanes(count - 16)));
+        const __m512 high = load_floats(source, problem.x_type, 16, count - 16);
         other[t] = _mm512_fmadd_ps(found[1], high, other[t]);
       }
     }
   }
-  const auto* const biases = static_cast<const char*>(problem.bias);
-  const float bias =
-      problem.bias == nullptr
-          ? 0.0f
-          : _mm512_cvtss_f32(load_floats(problem.bias_type, biases + row * float_bytes(problem.bias_type), 1));
+  const float bias = problem.bias == nullptr ? 0.0f : load_float(problem.bias, problem.bias_type, row);
 #pragma GCC unroll 4
   for (int t = 0; t < tokens; ++t) {
     store_float(problem.y, problem.x_type, (token + t) * weight.rows + row,

@@ -13,6 +13,8 @@
 
 #include "cpu/linear/linear.h"
 #include "cpu/scratch.h"
+#include "cpu/simd/avx512_floats.h"
+#include "cpu/zero_point.h"
 
 namespace compressed_format {
 namespace {
@@ -40,9 +42,6 @@ constexpr int64_t columns_of_parts = 64 * 1024;
 // Codes are prefetched this far ahead, which is in the next rows where rows are short.
 constexpr int64_t ahead = 4096;
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
-
 Kind kind_of(const Weight& weight) {
   const bool small = weight.scale_columns > 1 && weight.block_columns % 128 != 0;
   if (weight.type == Codes::int8 || weight.bits == 8) return small ? Kind::small_bytes : Kind::bytes;
@@ -69,42 +68,8 @@ int column_of(Kind kind, int vector, int byte) {
   }
 }
 
-float float_of(uint32_t bits) {
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
 __mmask16 first_lanes(int64_t count) {
   return static_cast<__mmask16>(_bzhi_u32(0xffffu, static_cast<unsigned>(count)));
-}
-
-// `count` floats, up to 16, from an index on; the others are zero.
-__m512 load_floats(const void* source, Float type, int64_t index, int64_t count) {
-  const __mmask16 lanes = first_lanes(smaller(count, 16));
-  const char* const first = static_cast<const char*>(source) + index * float_bytes(type);
-  if (type == Float::float32) return _mm512_maskz_loadu_ps(lanes, first);
-  const __m256i halves = _mm256_maskz_loadu_epi16(lanes, first);
-  if (type == Float::float16) return _mm512_cvtph_ps(halves);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-}
-
-float load_float(const void* source, Float type, int64_t index) {
-  return _mm512_cvtss_f32(load_floats(source, type, index, 1));
-}
-
-void store_float(void* target, Float type, int64_t index, float value) {
-  char* const place = static_cast<char*>(target) + index * 2;
-  uint32_t half;
-  if (type == Float::float16) {
-    half = static_cast<uint32_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT));
-  } else {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &value, sizeof bits);
-    half = value != value ? 0x7fc0u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  }
-  const auto stored = static_cast<uint16_t>(half);
-  __builtin_memcpy(place, &stored, sizeof stored);
 }
 
 // How a problem is cut, and where prepared memory has what: the bytes of x, [blocks][tokens][high or low][vectors][64];
@@ -298,22 +263,6 @@ __m512 scales_at(const Weight& weight, const Plan& plan, int64_t scale_row, int6
   const __m512 scales =
       load_floats(weight.scale, weight.scale_type, first + group, weight.scale_columns - group);
   return _mm512_permutexvar_ps(groups, scales);
-}
-
-int zero_point_at(const Weight& weight, int64_t scale_row, int64_t group) {
-  if (weight.zero_points == ZeroPoints::int8) {
-    return static_cast<const int8_t*>(weight.zero_point)[scale_row * weight.scale_columns + group];
-  }
-  const int64_t bit = scale_row * weight.bits;
-  const auto* const words = static_cast<const char*>(weight.zero_point);
-  uint32_t word;
-  __builtin_memcpy(&word, words + 4 * (bit / 32 * weight.scale_columns + group), sizeof word);
-  uint64_t window = word;
-  if (bit % 32 + weight.bits > 32) {
-    __builtin_memcpy(&word, words + 4 * ((bit / 32 + 1) * weight.scale_columns + group), sizeof word);
-    window |= static_cast<uint64_t>(word) << 32;
-  }
-  return static_cast<int>(window >> bit % 32 & ((1u << weight.bits) - 1u)) - offset_of(weight);
 }
 
 // What is added to the values of 16 segments: the offset of codes, and the group's zero point.
