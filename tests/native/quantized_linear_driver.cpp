@@ -24,7 +24,6 @@ bool right(const Kind& kind, Activations activations, bool given, int64_t rows) 
     activations.scale_type = Float::float32;
     if (!activations.symmetric) activations.zero_point = reinterpret_cast<const int8_t*>(zero_point.data());
   }
-  if (!takes(made.weight(), activations)) return true;
 
   QuantizedLinear problem;
   problem.weight = &made.weight();
