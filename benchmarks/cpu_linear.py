@@ -45,6 +45,7 @@ OURS, DENSE, READ = "ours", "bf16", "read"
 INT4_GROUP = 128
 ACTIVATIONS_OF_INT8 = (8, False, True, WHOLE_TOKEN)
 ACTIVATIONS_OF_FLOAT8 = (8, True, True, WHOLE_TOKEN)
+ACTIVATIONS_OF_FLOAT8_GROUPS = (8, True, True, 128)
 """Bits, whether they are floats, whether they are symmetric, and what shares a scale."""
 
 Tensors = tuple[torch.Tensor | None, ...]
@@ -87,11 +88,13 @@ def scales(rows: int, columns: int) -> torch.Tensor:
     return (torch.rand(rows, columns) / 100 + 0.001).to(torch.bfloat16)
 
 
-def packed_integers(bits: int, group: int | None, shape: tuple[int, int]) -> Packed:
+def packed_integers(
+    bits: int, group: int | None, activations: tuple[int, bool, bool, int] | None, shape: tuple[int, int]
+) -> Packed:
     rows, columns = shape
     group = group or columns
     words = torch.randint(-(2**31), 2**31, (rows, bitpack.packed_words(columns, bits)), dtype=torch.int32)
-    return Packed((words, scales(rows, columns // group), None, None, None), (bits, columns, 1, group))
+    return Packed((words, scales(rows, columns // group), None, None, None), (bits, columns, 1, group), activations)
 
 
 def integers_of_both(shape: tuple[int, int]) -> Packed:
@@ -102,6 +105,12 @@ def integers_of_both(shape: tuple[int, int]) -> Packed:
 def floats(activations: tuple[int, bool, bool, int] | None, shape: tuple[int, int]) -> Packed:
     codes = (torch.randn(shape) * 32).to(torch.float8_e4m3fn)
     return Packed((codes, scales(shape[0], 1), None, None, None), (8, shape[1], 1, shape[1]), activations)
+
+
+def float_blocks(shape: tuple[int, int]) -> Packed:
+    codes = (torch.randn(shape) * 32).to(torch.float8_e4m3fn)
+    tensors = (codes, scales(shape[0] // 128, shape[1] // 128), None, None, None)
+    return Packed(tensors, (8, shape[1], 128, 128), ACTIVATIONS_OF_FLOAT8_GROUPS)
 
 
 def half_of_values(shape: tuple[int, int]) -> Packed:
@@ -194,7 +203,7 @@ MANY = (64, 256, 1024)
 FAMILIES = (
     Family(
         "W4A16",
-        partial(packed_integers, 4, INT4_GROUP),
+        partial(packed_integers, 4, INT4_GROUP, None),
         INT4_RIVALS,
         {
             1: {
@@ -208,7 +217,7 @@ FAMILIES = (
     ),
     Family(
         "W8A16",
-        partial(packed_integers, 8, None),
+        partial(packed_integers, 8, None, None),
         (DENSE, "int8pack", "Q8_0"),
         {1: {LARGE: (Want(0.85, (READ,)),)}},
     ),
@@ -225,7 +234,19 @@ FAMILIES = (
         (DENSE,),
         {1: {LARGE: (Want(0.85, (READ,)),)}, **{tokens: both(Want(0.85, (DENSE,))) for tokens in MANY}},
     ),
-    Family("W3A16", partial(packed_integers, 3, INT4_GROUP), (DENSE,), {1: {LARGE: (Want(0.7, (READ,)),)}}),
+    Family(
+        "W4A8",
+        partial(packed_integers, 4, INT4_GROUP, ACTIVATIONS_OF_INT8),
+        (DENSE,),
+        {1: {LARGE: (Want(0.85, (READ,)),)}, **{tokens: both(Want(1.0, (DENSE,))) for tokens in MANY}},
+    ),
+    Family(
+        "block FP8",
+        float_blocks,
+        (DENSE,),
+        {1: {LARGE: (Want(0.85, (READ,)),)}, **{tokens: both(Want(0.85, (DENSE,))) for tokens in MANY}},
+    ),
+    Family("W3A16", partial(packed_integers, 3, INT4_GROUP, None), (DENSE,), {1: {LARGE: (Want(0.7, (READ,)),)}}),
     Family("2:4 bf16", half_of_values, (DENSE,), {1: both(Want(1.6, (DENSE,)))}),
 )
 

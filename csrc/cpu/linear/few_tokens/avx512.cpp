@@ -222,18 +222,13 @@ struct Decoder {
   }
 };
 
+// Adds the products of a fragment with its part of x.
 template <bool narrow>
-__attribute__((always_inline)) inline __m512 multiply(__m512 sum, const Fragments& weights, const char* x) {
-  if constexpr (narrow) {
-    sum = _mm512_dpbf16_ps(sum, (__m512bh)weights.low, (__m512bh)_mm512_load_si512(x));
-    return _mm512_dpbf16_ps(sum, (__m512bh)weights.high, (__m512bh)_mm512_load_si512(x + 64));
-  } else {
-    const __m512i odd = _mm512_set1_epi32(-65536);
-    sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(weights.low, 16)), _mm512_load_ps(x), sum);
-    sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(weights.low, odd)), _mm512_load_ps(x + 64), sum);
-    sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(weights.high, 16)), _mm512_load_ps(x + 128), sum);
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(weights.high, odd)), _mm512_load_ps(x + 192), sum);
-  }
+__attribute__((always_inline)) inline __m512 multiply(__m512 sum, __m512i weights, const char* x) {
+  if constexpr (narrow) return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)_mm512_load_si512(x));
+  const __m512i odd = _mm512_set1_epi32(-65536);
+  sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(weights, 16)), _mm512_load_ps(x), sum);
+  return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(weights, odd)), _mm512_load_ps(x + 64), sum);
 }
 
 // `rows` rows times `tokens` tokens. A row's sums are made in the same order whatever it is computed with.
@@ -262,12 +257,14 @@ void block(const Linear& problem, const char* prepared, const Decoder<decoding>&
     scale_row[r] = (row + r) / weight.block_rows;
     for (int t = 0; t < tokens; ++t) total[r][t] = _mm512_setzero_ps();
   }
+  // A sum waits for the one before it. Where there are few of them, fragments have sums of their own.
+  constexpr int sums = tokens == 1 ? 2 : 1;
   int64_t group = 0;
   for (int64_t first = 0; first < all; first += chunks_of_group, group += halves ? 2 : 1) {
     const int64_t last = first + chunks_of_group < all ? first + chunks_of_group : all;
-    __m512 sum[rows][tokens];
+    __m512 sum[rows][tokens][sums];
     for (int r = 0; r < rows; ++r) {
-      for (int t = 0; t < tokens; ++t) sum[r][t] = _mm512_setzero_ps();
+      for (int t = 0; t < tokens; ++t) sum[r][t][0] = sum[r][t][sums - 1] = _mm512_setzero_ps();
     }
     for (int64_t chunk = first; chunk < last; ++chunk) {
       const int64_t offset = chunk * chunk_bytes;
@@ -279,34 +276,39 @@ void block(const Linear& problem, const char* prepared, const Decoder<decoding>&
         const Fragments weights = decode(codes[r] + offset, present);
 #pragma GCC unroll 8
         for (int t = 0; t < tokens; ++t) {
-          sum[r][t] = multiply<narrow>(sum[r][t], weights, x + chunk * x_stride + t * x_bytes);
+          const char* const of_x = x + chunk * x_stride + t * x_bytes;
+          __m512& second = sum[r][t][sums - 1];
+          sum[r][t][0] = multiply<narrow>(sum[r][t][0], weights.low, of_x);
+          second = multiply<narrow>(second, weights.high, of_x + x_bytes / 2);
         }
       }
     }
-    const bool second = halves && group + 1 < weight.scale_columns;
+    const bool two_groups = halves && group + 1 < weight.scale_columns;
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+      for (int t = 0; t < tokens && sums == 2; ++t) sum[r][t][0] = _mm512_add_ps(sum[r][t][0], sum[r][t][1]);
       const int64_t index = scale_row[r] * weight.scale_columns + group;
       __m512 scale = _mm512_set1_ps(load_float(weight.scale, weight.scale_type, index));
-      if (second) {
+      if (two_groups) {
         const __m512 other = _mm512_set1_ps(load_float(weight.scale, weight.scale_type, index + 1));
         scale = _mm512_mask_mov_ps(scale, second_group(decoding), other);
       }
       if (zero_points) {
         __m512 zero = _mm512_set1_ps(static_cast<float>(zero_point_at(weight, scale_row[r], group)));
-        if (second) {
+        if (two_groups) {
           const __m512 other = _mm512_set1_ps(static_cast<float>(zero_point_at(weight, scale_row[r], group + 1)));
           zero = _mm512_mask_mov_ps(zero, second_group(decoding), other);
         }
         for (int t = 0; t < tokens; ++t) {
           for (int64_t chunk = first; chunk < last; ++chunk) {
             const __m512 x_sum = _mm512_load_ps(x_sums + (chunk * problem.tokens + t) * 64);
-            sum[r][t] = _mm512_fnmadd_ps(zero, x_sum, sum[r][t]);
+            sum[r][t][0] = _mm512_fnmadd_ps(zero, x_sum, sum[r][t][0]);
           }
         }
       }
 #pragma GCC unroll 8
-      for (int t = 0; t < tokens; ++t) total[r][t] = _mm512_fmadd_ps(scale, sum[r][t], total[r][t]);
+      for (int t = 0; t < tokens; ++t) total[r][t] = _mm512_fmadd_ps(scale, sum[r][t][0], total[r][t]);
     }
   }
   for (int r = 0; r < rows; ++r) {
