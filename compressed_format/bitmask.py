@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["bytes_of", "expand_bitmask", "expand_mask", "nonzero", "pack_bitmask", "unpack_bitmask"]
+__all__ = ["bytes_of", "expand_bitmask", "nonzero", "pack_bitmask", "unpack_bitmask"]
 
 
 def pack_bitmask(mask: torch.Tensor) -> torch.Tensor:
@@ -18,11 +18,7 @@ def pack_bitmask(mask: torch.Tensor) -> torch.Tensor:
 
 def expand_bitmask(compressed: torch.Tensor, bitmask: torch.Tensor, columns: int) -> torch.Tensor:
     """Put the values of ``compressed``, in row-major order, at the set bits of ``bitmask``; zero elsewhere."""
-    return expand_mask(compressed, unpack_bitmask(bitmask, columns))
-
-
-def expand_mask(compressed: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """As :func:`expand_bitmask`, for a mask that has been unpacked already."""
+    mask = unpack_bitmask(bitmask, columns)
     expanded = torch.zeros(mask.shape, dtype=compressed.dtype, device=compressed.device)
     bytes_of(expanded).masked_scatter_(mask, bytes_of(compressed).reshape(-1))
     return expanded

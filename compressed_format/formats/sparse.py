@@ -11,7 +11,6 @@ from collections.abc import Mapping
 import torch
 
 from compressed_format import ops
-from compressed_format.bitmask import expand_mask, unpack_bitmask
 from compressed_format.config import CompressionFormat
 from compressed_format.errors import FormatError, Problem
 from compressed_format.formats.base import FLOAT_DTYPES, TensorSpec, check_tensors
@@ -50,18 +49,17 @@ class SparseBitmask:
 
     def decode(self, tensors: Mapping[str, torch.Tensor], *, place: str = "") -> torch.Tensor:
         """The values or codes ``[O, I]``. Raises :class:`FormatError` if the tensors contradict each other."""
-        mask = self.checked_mask(tensors, place=place)
-        return expand_mask(tensors["compressed"], mask)
+        _, columns = self.check(tensors, place=place)
+        return ops.expand_bitmask(tensors["compressed"], tensors["bitmask"], columns)
 
-    def checked_mask(self, tensors: Mapping[str, torch.Tensor], *, place: str = "") -> torch.Tensor:
-        """The places of values ``[O, I]``, after all checks of :meth:`decode`; the values are not read."""
+    def check(self, tensors: Mapping[str, torch.Tensor], *, place: str = "") -> tuple[int, int]:
+        """The shape of the weight, after all checks of :meth:`decode`; the values are not read."""
         shape = _stored_shape(tensors, place, (2,))
         check_tensors(tensors, self.tensor_specs(shape), place)
-        mask = _checked_mask(tensors, shape, place)
-        counts = mask.sum(dim=-1)
+        counts = _counts_of_values(tensors, shape, place)
         if not torch.equal(tensors["row_offsets"], counts.cumsum(0) - counts):
             raise FormatError(problems=[Problem(f"{place}.row_offsets", "contradicts the bitmask")])
-        return mask
+        return shape
 
 
 class Sparse24Bitmask:
@@ -102,21 +100,19 @@ class Sparse24Bitmask:
 
     def decode(self, tensors: Mapping[str, torch.Tensor], *, place: str = "") -> torch.Tensor:
         """The values or codes ``[O, I]``. Raises :class:`FormatError` if the bitmask is not 2:4."""
-        mask = self.checked_mask(tensors, place=place)
-        return expand_mask(tensors["compressed"], mask)
+        _, columns = self.check(tensors, place=place)
+        return ops.expand_bitmask(tensors["compressed"], tensors["bitmask"], columns)
 
-    def checked_mask(self, tensors: Mapping[str, torch.Tensor], *, place: str = "") -> torch.Tensor:
-        """The places of values ``[O, I]``, after all checks of :meth:`decode`; the values are not read."""
+    def check(self, tensors: Mapping[str, torch.Tensor], *, place: str = "") -> tuple[int, int]:
+        """The shape of the weight, after all checks of :meth:`decode`; the values are not read."""
         shape = _stored_shape(tensors, place, (2, 1))
         check_tensors(tensors, self.tensor_specs(shape), place)
-        mask = _checked_mask(tensors, shape, place)
-        if shape[1] % 4 == 0:
-            wrong = mask.unflatten(-1, (-1, 4)).sum(dim=-1) != 2
-            if wrong.any():
-                row, quad = wrong.nonzero()[0].tolist()
-                message = f"does not have two bits for row {row}, columns {quad * 4} to {quad * 4 + 3}"
-                raise FormatError(problems=[Problem(f"{place}.bitmask", message)])
-        return mask
+        _counts_of_values(tensors, shape, place)
+        if shape[1] % 4 == 0 and (quad := int(ops.find_uneven_quad(tensors["bitmask"], shape[1]))) >= 0:
+            row, column = divmod(4 * quad, shape[1])
+            message = f"does not have two bits for row {row}, columns {column} to {column + 3}"
+            raise FormatError(problems=[Problem(f"{place}.bitmask", message)])
+        return shape
 
 
 def prune_2_of_4(weight: torch.Tensor, *, place: str = "weight") -> torch.Tensor:
@@ -148,11 +144,12 @@ def _stored_shape(tensors: Mapping[str, torch.Tensor], place: str, expected: tup
     return rows, columns
 
 
-def _checked_mask(tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], place: str) -> torch.Tensor:
-    mask = unpack_bitmask(tensors["bitmask"], shape[1])
-    values, bits = tensors["compressed"].numel(), int(mask.sum())
+def _counts_of_values(tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], place: str) -> torch.Tensor:
+    """How many values each row has ``[O]``."""
+    counts = ops.count_bits(tensors["bitmask"], shape[1])
+    values, bits = tensors["compressed"].numel(), int(counts.sum())
     if values != bits:
         raise FormatError(
             problems=[Problem(f"{place}.bitmask", f"has {bits} bits set for the {values} values of compressed")]
         )
-    return mask
+    return counts

@@ -346,7 +346,7 @@ def _check_tensors(place: str, module: CompressedModule, tensors: Mapping[str, t
         if found != expected:
             message = f"says {found}, but the module's weight is {expected}"
             raise FormatError(problems=[Problem(f"{place}.shape", message)])
-        SPARSITY_FORMATS[module.sparsity].checked_mask(tensors, place=place)
+        SPARSITY_FORMATS[module.sparsity].check(tensors, place=place)
     if "weight_g_idx" not in tensors:
         return False
     # None: never set by the release that wrote it.

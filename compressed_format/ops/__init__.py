@@ -10,18 +10,28 @@ from compressed_format.ops.quantize import quantize
 from compressed_format.ops.quantized_experts import expert_quantized_linear
 from compressed_format.ops.quantized_linear import quantized_linear
 from compressed_format.ops.schemas import dequantize, embedding, linear
-from compressed_format.ops.sparse import compress_2_of_4, compress_bitmask, prune_2_of_4
+from compressed_format.ops.sparse import (
+    compress_2_of_4,
+    compress_bitmask,
+    count_bits,
+    expand_bitmask,
+    find_uneven_quad,
+    prune_2_of_4,
+)
 from compressed_format.ops.unpack import unpack_codes
 
 __all__ = [
     "backend_info",
     "compress_2_of_4",
     "compress_bitmask",
+    "count_bits",
     "dequantize",
     "embedding",
+    "expand_bitmask",
     "expert_linear",
     "expert_quantized_linear",
     "fake_quantize",
+    "find_uneven_quad",
     "linear",
     "native_library",
     "pack_codes",

@@ -1,7 +1,8 @@
-"""``compressed_format::prune_2_of_4``, ``compress_2_of_4`` and ``compress_bitmask``: sparse weights, made and stored.
+"""Ops that make sparse weights (``prune_2_of_4``), store them (``compress_2_of_4``, ``compress_bitmask``), look at
+their bits (``count_bits``, ``find_uneven_quad``) and expand them (``expand_bitmask``).
 
 Pruning keeps the two larger magnitudes of each four columns, the left of equals; what is not a number is larger than
-all others. The other two leave values as they are, of which they store those that are not zero, with a bit for each.
+all others. The others leave values as they are, of which those that are not zero are stored, with a bit for each place.
 """
 
 from __future__ import annotations
@@ -11,11 +12,19 @@ from typing import Any, cast
 
 import torch
 
-from compressed_format.bitmask import bytes_of, nonzero, pack_bitmask
+from compressed_format import bitmask as definition
+from compressed_format.bitmask import bytes_of, nonzero, pack_bitmask, unpack_bitmask
 from compressed_format.errors import OpArgumentError
 from compressed_format.ops.schemas import FLOATS, library
 
-__all__ = ["compress_2_of_4", "compress_bitmask", "prune_2_of_4"]
+__all__ = [
+    "compress_2_of_4",
+    "compress_bitmask",
+    "count_bits",
+    "expand_bitmask",
+    "find_uneven_quad",
+    "prune_2_of_4",
+]
 
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -27,7 +36,7 @@ Of more than two, which a 2:4 weight does not have, it is the first."""
 
 def prune_2_of_4(weight: torch.Tensor) -> torch.Tensor:
     """``weight`` ``[O, I]``, of floats, with zeros instead of the two smaller magnitudes of each four columns."""
-    return cast(torch.Tensor, _call("prune_2_of_4", weight, _check_pruning))
+    return cast(torch.Tensor, _call("prune_2_of_4", _check_pruning, weight))
 
 
 def compress_2_of_4(weight: torch.Tensor) -> Three:
@@ -36,28 +45,51 @@ def compress_2_of_4(weight: torch.Tensor) -> Three:
     The third is an int64 scalar: the first column, counted from the beginning of the matrix, of the first four that
     have more than two values, whose third and fourth are lost; -1 where there are none.
     """
-    return cast(Three, _call("compress_2_of_4", weight, _check_quads))
+    return cast(Three, _call("compress_2_of_4", _check_quads, weight))
 
 
 def compress_bitmask(weight: torch.Tensor) -> Three:
     """The values of ``weight`` ``[O, I]`` that are not zero, row by row, their bits, and where each row begins."""
-    return cast(Three, _call("compress_bitmask", weight, _check))
+    return cast(Three, _call("compress_bitmask", _check, weight))
 
 
-def _call(name: str, weight: torch.Tensor, check: Callable[[str, torch.Tensor], None]) -> Any:
+def count_bits(bitmask: torch.Tensor, columns: int) -> torch.Tensor:
+    """How many of the ``columns`` bits of each row of ``bitmask`` ``[O, ceil(columns/8)]`` are set: int64 ``[O]``."""
+    return cast(torch.Tensor, _call("count_bits", _check_bits, bitmask, columns))
+
+
+def find_uneven_quad(bitmask: torch.Tensor, columns: int) -> torch.Tensor:
+    """The first four columns of ``bitmask`` ``[O, ceil(columns/8)]`` that have not two bits, as the bits of 2:4 weights
+    do: an int64 scalar, ``row * columns / 4 + column / 4``, or -1 where there are none."""
+    return cast(torch.Tensor, _call("find_uneven_quad", _check_bits_of_quads, bitmask, columns))
+
+
+def expand_bitmask(values: torch.Tensor, bitmask: torch.Tensor, columns: int) -> torch.Tensor:
+    """The weight ``[O, columns]`` that has ``values``, row by row, where bits of ``bitmask`` are set; zeros elsewhere.
+
+    Raises :class:`~compressed_format.OpArgumentError` if there are not as many values as bits.
+    """
+    return cast(torch.Tensor, _call("expand_bitmask", _check_number, values, bitmask, columns))
+
+
+def _call(name: str, check: Callable[..., None], *arguments: Any) -> Any:
     try:
-        return getattr(torch.ops.compressed_format, name).default(weight)
+        return getattr(torch.ops.compressed_format, name).default(*arguments)
     except RuntimeError:
-        # All that native code can raise: only now find out whether the argument was wrong, and how.
-        check(name, weight)
+        # All that native code can raise: only now find out whether an argument was wrong, and how.
+        check(name, *arguments)
         raise
 
 
-def _check(op: str, weight: torch.Tensor) -> None:
-    if weight.dtype not in (*FLOATS, torch.int8, torch.float8_e4m3fn):
+def _check_dtype(op: str, argument: str, values: torch.Tensor) -> None:
+    if values.dtype not in (*FLOATS, torch.int8, torch.float8_e4m3fn):
         raise OpArgumentError(
-            f"{op}: weight must be int8 or float8_e4m3fn codes, or have a float dtype, not {weight.dtype}"
+            f"{op}: {argument} must be int8 or float8_e4m3fn codes, or have a float dtype, not {values.dtype}"
         )
+
+
+def _check(op: str, weight: torch.Tensor) -> None:
+    _check_dtype(op, "weight", weight)
     if weight.ndim != 2:
         raise OpArgumentError(f"{op}: weight must be a matrix, not shape {list(weight.shape)}")
 
@@ -72,6 +104,38 @@ def _check_pruning(op: str, weight: torch.Tensor) -> None:
     _check_quads(op, weight)
     if weight.dtype not in FLOATS:
         raise OpArgumentError(f"{op}: weight must have a float dtype, not {weight.dtype}")
+
+
+def _check_bits(op: str, bitmask: torch.Tensor, columns: int) -> None:
+    if bitmask.dtype != torch.uint8:
+        raise OpArgumentError(f"{op}: bitmask must have dtype uint8, not {bitmask.dtype}")
+    if columns < 0:
+        raise OpArgumentError(f"{op}: columns must not be negative, not {columns}")
+    if bitmask.ndim != 2 or bitmask.shape[1] != -(-columns // 8):
+        raise OpArgumentError(
+            f"{op}: bitmask must be a matrix of {-(-columns // 8)} bytes a row for {columns} columns, "
+            f"not {list(bitmask.shape)}"
+        )
+
+
+def _check_bits_of_quads(op: str, bitmask: torch.Tensor, columns: int) -> None:
+    _check_bits(op, bitmask, columns)
+    if columns % 4:
+        raise OpArgumentError(f"{op}: columns must be a multiple of 4, not {columns}")
+
+
+def _check_expanding(op: str, values: torch.Tensor, bitmask: torch.Tensor, columns: int) -> None:
+    _check_dtype(op, "values", values)
+    _check_bits(op, bitmask, columns)
+    if values.device != bitmask.device:
+        raise OpArgumentError(f"{op}: bitmask must be on {values.device}, as values are, not on {bitmask.device}")
+
+
+def _check_number(op: str, values: torch.Tensor, bitmask: torch.Tensor, columns: int) -> None:
+    _check_expanding(op, values, bitmask, columns)
+    bits = int(unpack_bitmask(bitmask, columns).sum())
+    if values.numel() != bits:
+        raise OpArgumentError(f"{op}: values must be as many as the {bits} bits of bitmask, not {values.numel()}")
 
 
 def _prune_reference(weight: torch.Tensor) -> torch.Tensor:
@@ -91,9 +155,8 @@ def _compress_2_of_4_reference(weight: torch.Tensor) -> Three:
     mask = (chosen.unsqueeze(-1) >> places & 1).to(torch.bool).flatten(-2)
     compressed = bytes_of(weight)[mask].view(weight.dtype).reshape(rows, columns // 2)
     crowded = (quads.sum(dim=-1) > 2).flatten()
-    # One more at the end, which is crowded in any case: its number says that there was none before.
-    first = torch.nn.functional.pad(crowded.to(torch.int64), (0, 1), value=1).argmax()
-    return compressed, pack_bitmask(mask), torch.where(first < crowded.numel(), 4 * first, -1)
+    first = _first(crowded)
+    return compressed, pack_bitmask(mask), torch.where(first < 0, first, 4 * first)
 
 
 def _compress_bitmask_reference(weight: torch.Tensor) -> Three:
@@ -101,6 +164,29 @@ def _compress_bitmask_reference(weight: torch.Tensor) -> Three:
     mask = nonzero(weight)
     counts = mask.sum(dim=-1)
     return bytes_of(weight)[mask].view(weight.dtype), pack_bitmask(mask), counts.cumsum(0) - counts
+
+
+def _count_bits_reference(bitmask: torch.Tensor, columns: int) -> torch.Tensor:
+    _check_bits("count_bits", bitmask, columns)
+    return unpack_bitmask(bitmask, columns).sum(dim=-1)
+
+
+def _find_uneven_quad_reference(bitmask: torch.Tensor, columns: int) -> torch.Tensor:
+    _check_bits_of_quads("find_uneven_quad", bitmask, columns)
+    uneven = (unpack_bitmask(bitmask, columns).unflatten(-1, (columns // 4, 4)).sum(dim=-1) != 2).flatten()
+    return _first(uneven)
+
+
+def _expand_bitmask_reference(values: torch.Tensor, bitmask: torch.Tensor, columns: int) -> torch.Tensor:
+    _check_number("expand_bitmask", values, bitmask, columns)
+    return definition.expand_bitmask(values, bitmask, columns)
+
+
+def _first(found: torch.Tensor) -> torch.Tensor:
+    """The index of the first that is true ``[n]``, or -1."""
+    # One more at the end, which is true in any case: its number says that there was none before.
+    first = torch.nn.functional.pad(found.to(torch.int64), (0, 1), value=1).argmax()
+    return torch.where(first < found.numel(), first, -1)
 
 
 def _fake_pruning(weight: torch.Tensor) -> torch.Tensor:
@@ -123,12 +209,32 @@ def _fake_bitmask(weight: torch.Tensor) -> Three:
     return weight.new_empty(count), bitmask, weight.new_empty(rows, dtype=torch.int64)
 
 
-for _name, _result, _reference, _fake in (
-    ("prune_2_of_4", "Tensor", _prune_reference, _fake_pruning),
-    ("compress_2_of_4", "(Tensor, Tensor, Tensor)", _compress_2_of_4_reference, _fake_2_of_4),
-    ("compress_bitmask", "(Tensor, Tensor, Tensor)", _compress_bitmask_reference, _fake_bitmask),
+def _fake_counts(bitmask: torch.Tensor, columns: int) -> torch.Tensor:
+    _check_bits("count_bits", bitmask, columns)
+    return bitmask.new_empty(bitmask.shape[0], dtype=torch.int64)
+
+
+def _fake_quad(bitmask: torch.Tensor, columns: int) -> torch.Tensor:
+    _check_bits_of_quads("find_uneven_quad", bitmask, columns)
+    return bitmask.new_empty((), dtype=torch.int64)
+
+
+def _fake_expanding(values: torch.Tensor, bitmask: torch.Tensor, columns: int) -> torch.Tensor:
+    _check_expanding("expand_bitmask", values, bitmask, columns)
+    return values.new_empty((bitmask.shape[0], columns))
+
+
+_THREE = "(Tensor, Tensor, Tensor)"
+_BITS = "Tensor bitmask, int columns"
+for _name, _arguments, _result, _reference, _fake in (
+    ("prune_2_of_4", "Tensor weight", "Tensor", _prune_reference, _fake_pruning),
+    ("compress_2_of_4", "Tensor weight", _THREE, _compress_2_of_4_reference, _fake_2_of_4),
+    ("compress_bitmask", "Tensor weight", _THREE, _compress_bitmask_reference, _fake_bitmask),
+    ("count_bits", _BITS, "Tensor", _count_bits_reference, _fake_counts),
+    ("find_uneven_quad", _BITS, "Tensor", _find_uneven_quad_reference, _fake_quad),
+    ("expand_bitmask", f"Tensor values, {_BITS}", "Tensor", _expand_bitmask_reference, _fake_expanding),
 ):
     for _op in (_name, f"{_name}_reference"):
-        library.define(f"{_op}(Tensor weight) -> {_result}", tags=(torch.Tag.pt2_compliant_tag,))
+        library.define(f"{_op}({_arguments}) -> {_result}", tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(_op, _reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"compressed_format::{_op}", _fake, lib=library)

@@ -98,7 +98,7 @@ class Sharding:
             rows, columns = tensors["bitmask"].shape[0], self.plan.columns(self.mesh.get_local_rank())
             shape = tensors["shape"].new_tensor([rows, columns]).reshape(tensors["shape"].shape)
             try:
-                SPARSITY_FORMATS[module.sparsity].checked_mask({**tensors, "shape": shape}, place=place)
+                SPARSITY_FORMATS[module.sparsity].check({**tensors, "shape": shape}, place=place)
             except FormatError as error:
                 found.extend(error.problems)
         rank = self.mesh.get_local_rank()

@@ -14,7 +14,6 @@ import torch
 from frozendict import frozendict
 
 from compressed_format import ops
-from compressed_format.bitmask import expand_mask, unpack_bitmask
 from compressed_format.config import CompressionFormat, QuantizationArgs, QuantizationStrategy
 from compressed_format.errors import FormatError, Problem
 from compressed_format.formats import (
@@ -170,7 +169,7 @@ class WeightLayout:
         """
         if self.sparsity is not CompressionFormat.SPARSE_BITMASK:
             return
-        count = int(unpack_bitmask(tensors["bitmask"], self.shape[1]).sum())
+        count = int(ops.count_bits(tensors["bitmask"], self.shape[1]).sum())
         offsets = tensors["row_offsets"]
         start = int(offsets[0]) if len(offsets) else 0
         tensors["compressed"] = found = values(start, start + count)
@@ -212,14 +211,7 @@ class WeightLayout:
         if self.sparsity is not None:
             if self.sparsity is CompressionFormat.SPARSE_24_BITMASK:
                 found["shape"] = found["shape"].unsqueeze(-1)
-            sparse = SPARSITY_FORMATS[self.sparsity]
-            mask = sparse.checked_mask(found, place=self.place)
-            values = found["compressed"]
-            if values.is_floating_point() and values.dtype != torch.float8_e4m3fn:
-                layout = (8, shape[1], 1, max(shape[1], 1))
-                found["weight"] = ops.dequantize(values, None, None, None, found["bitmask"], *layout)
-            else:  # codes, whose scales are not looked at here
-                found["weight"] = expand_mask(values, mask)
+            found["weight"] = SPARSITY_FORMATS[self.sparsity].decode(found, place=self.place)
         return found
 
     def widened(self, bounds: Range | None, dim: int) -> Range:

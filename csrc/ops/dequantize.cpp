@@ -5,12 +5,11 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <bit>
-#include <cstring>
 #include <vector>
 
 #include "cpu/large_memory.h"
 #include "cpu/scratch.h"
+#include "ops/bitmask.h"
 #include "ops/tensors.h"
 
 namespace compressed_format {
@@ -23,26 +22,12 @@ int64_t rows_per_thread(int64_t columns) {
   return std::max<int64_t>(values_per_thread / std::max<int64_t>(columns, 1), 1);
 }
 
-// How many values a row of a sparse weight keeps. Bits beyond the last column mean nothing.
-int64_t kept_by_row(const uint8_t* mask, int64_t columns) {
-  int64_t kept = 0;
-  int64_t i = 0;
-  for (; i + 8 <= columns / 8; i += 8) {
-    uint64_t bits;
-    std::memcpy(&bits, mask + i, sizeof bits);
-    kept += std::popcount(bits);
-  }
-  for (; i < columns / 8; ++i) kept += std::popcount(mask[i]);
-  if (columns % 8 != 0) kept += std::popcount(static_cast<unsigned>(mask[i]) & ((1u << columns % 8) - 1));
-  return kept;
-}
-
 // Whether every row of a 2:4 weight keeps half of its places, so that its values are where kernels look for them. The
 // reference puts values of other masks in one after the other, through all rows, or refuses them.
 bool keeps_half(const Weight& weight) {
   const int64_t mask_bytes = (weight.columns + 7) / 8;
   for (int64_t row = 0; row < weight.rows; ++row) {
-    if (kept_by_row(weight.bitmask + row * mask_bytes, weight.columns) != weight.columns / 2) return false;
+    if (count_bits(weight.bitmask + row * mask_bytes, weight.columns) != weight.columns / 2) return false;
   }
   return true;
 }
@@ -68,7 +53,7 @@ std::optional<Weight> sparse_values(const WeightArguments& arguments) {
       scratch(Scratch::for_all_threads, static_cast<size_t>(weight.rows + 1) * sizeof(int64_t)));
   offsets[0] = 0;
   for (int64_t row = 0; row < weight.rows; ++row) {
-    offsets[row + 1] = offsets[row] + kept_by_row(weight.bitmask + row * bitmask.size(1), columns);
+    offsets[row + 1] = offsets[row] + count_bits(weight.bitmask + row * bitmask.size(1), columns);
   }
   if (offsets[weight.rows] != values.numel()) return std::nullopt;
   weight.row_offsets = offsets;

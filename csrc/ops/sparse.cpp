@@ -1,4 +1,4 @@
-// compressed_format::prune_2_of_4, compress_2_of_4 and compress_bitmask on the CPU.
+// compressed_format::prune_2_of_4, compress_2_of_4, compress_bitmask, and the way back, on the CPU.
 
 #include "cpu/sparse/sparse.h"
 
@@ -10,7 +10,9 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/dequantize/dequantize.h"
 #include "cpu/large_memory.h"
+#include "ops/bitmask.h"
 #include "ops/tensors.h"
 
 namespace compressed_format {
@@ -67,6 +69,27 @@ Tensor new_values(const Tensor& like, const std::vector<int64_t>& sizes, ScalarT
   return made;
 }
 
+// The first place of all, whichever thread finds one first.
+class FirstPlace {
+ public:
+  void found(int64_t place) {
+    int64_t known = first_.load();
+    while (place < known && !first_.compare_exchange_weak(known, place)) {
+    }
+  }
+
+  // A scalar: the place, or -1 where none was found.
+  Tensor tensor(const Tensor& like) const {
+    Tensor place = torch::stable::new_empty(like, {}, ScalarType::Long);
+    *static_cast<int64_t*>(place.mutable_data_ptr()) = first_ == none ? -1 : first_.load();
+    return place;
+  }
+
+ private:
+  static constexpr int64_t none = std::numeric_limits<int64_t>::max();
+  std::atomic<int64_t> first_{none};
+};
+
 Tensor prune_2_of_4(const Tensor& weight) {
   Tensor values = weight;
   const std::optional<Sparse> problem = describe(weight, values);
@@ -92,19 +115,12 @@ Three compress_2_of_4(const Tensor& weight) {
   void* const target = compressed.mutable_data_ptr();
   auto* const bits = static_cast<uint8_t*>(bitmask.mutable_data_ptr());
   const SparseKernel& kernel = *sparse_kernel.get();
-  constexpr int64_t none = std::numeric_limits<int64_t>::max();
-  std::atomic<int64_t> crowded{none};
+  FirstPlace crowded;
   by_rows(*problem, [&](int64_t first, int64_t last) {
-    const int64_t found = kernel.compress_2_of_4(*problem, target, bits, first, last);
-    if (found < 0) return;
-    // The first of all, whoever finds one first.
-    int64_t known = crowded.load();
-    while (found < known && !crowded.compare_exchange_weak(known, found)) {
-    }
+    const int64_t place = kernel.compress_2_of_4(*problem, target, bits, first, last);
+    if (place >= 0) crowded.found(place);
   });
-  Tensor place = torch::stable::new_empty(values, {}, ScalarType::Long);
-  *static_cast<int64_t*>(place.mutable_data_ptr()) = crowded == none ? -1 : crowded.load();
-  return {compressed, bitmask, place};
+  return {compressed, bitmask, crowded.tensor(values)};
 }
 
 Three compress_bitmask(const Tensor& weight) {
@@ -132,7 +148,83 @@ Three compress_bitmask(const Tensor& weight) {
   return {compressed, bitmask, row_offsets};
 }
 
+// A bitmask as the ops on one take it.
+struct Bits {
+  const uint8_t* data;
+  int64_t rows, columns, row_bytes;
+};
+
+std::optional<Bits> bits_of(const Tensor& bitmask, int64_t columns) {
+  const bool fits = bitmask.is_cpu() && bitmask.scalar_type() == ScalarType::Byte && bitmask.dim() == 2 &&
+                    bitmask.is_contiguous() && columns >= 0 && bitmask.size(1) == mask_bytes(columns);
+  if (!fits) return std::nullopt;
+  return Bits{static_cast<const uint8_t*>(bitmask.const_data_ptr()), bitmask.size(0), columns, bitmask.size(1)};
+}
+
+template <typename Body>
+void by_rows(const Bits& bits, const Body& body) {
+  const int64_t rows_per_thread = std::max<int64_t>(16 * values_per_thread / std::max<int64_t>(bits.columns, 1), 1);
+  torch::stable::parallel_for(0, bits.rows, rows_per_thread, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) body(row, bits.data + row * bits.row_bytes);
+  });
+}
+
+Tensor count_bits_of_rows(const Tensor& bitmask, int64_t columns) {
+  const std::optional<Bits> bits = bits_of(bitmask, columns);
+  if (!bits.has_value()) return call_op<Tensor>("compressed_format::count_bits_reference", bitmask, columns);
+  Tensor counts = torch::stable::new_empty(bitmask, {bits->rows}, ScalarType::Long);
+  auto* const target = static_cast<int64_t*>(counts.mutable_data_ptr());
+  by_rows(*bits, [&](int64_t row, const uint8_t* mask) { target[row] = count_bits(mask, columns); });
+  return counts;
+}
+
+Tensor first_uneven_quad(const Tensor& bitmask, int64_t columns) {
+  const std::optional<Bits> bits = bits_of(bitmask, columns);
+  if (!bits.has_value() || columns % 4 != 0) {
+    return call_op<Tensor>("compressed_format::find_uneven_quad_reference", bitmask, columns);
+  }
+  FirstPlace uneven;
+  by_rows(*bits, [&](int64_t row, const uint8_t* mask) {
+    const int64_t quad = find_uneven_quad(mask, columns);
+    if (quad >= 0) uneven.found(row * (columns / 4) + quad);
+  });
+  return uneven.tensor(bitmask);
+}
+
+Tensor expand_bitmask(const Tensor& values, const Tensor& bitmask, int64_t columns) {
+  const auto reference = [&] {
+    return call_op<Tensor>("compressed_format::expand_bitmask_reference", values, bitmask, columns);
+  };
+  const std::optional<Bits> bits = bits_of(bitmask, columns);
+  const std::optional<Codes> type = type_of(values.scalar_type());
+  if (!bits.has_value() || !type.has_value() || !values.is_cpu() || !values.is_contiguous()) return reference();
+  std::vector<int64_t> row_offsets(static_cast<size_t>(bits->rows) + 1);
+  by_rows(*bits, [&](int64_t row, const uint8_t* mask) {
+    row_offsets[static_cast<size_t>(row) + 1] = count_bits(mask, columns);
+  });
+  for (size_t row = 0; row + 1 < row_offsets.size(); ++row) row_offsets[row + 1] += row_offsets[row];
+  if (row_offsets.back() != values.numel()) return reference();
+  Weight weight;
+  weight.codes = values.const_data_ptr();
+  weight.type = *type;
+  weight.rows = bits->rows;
+  weight.columns = columns;
+  weight.bitmask = bits->data;
+  weight.row_offsets = row_offsets.data();
+  const int64_t bytes = element_bytes(*type);
+  Tensor expanded = new_values(values, {bits->rows, columns}, values.scalar_type(), bytes);
+  void* const target = expanded.mutable_data_ptr();
+  const int64_t rows_per_thread = std::max<int64_t>(values_per_thread / std::max<int64_t>(columns, 1), 1);
+  torch::stable::parallel_for(0, bits->rows, rows_per_thread, [&](int64_t first, int64_t last) {
+    expand_rows(weight, static_cast<int>(bytes), first, last, target);
+  });
+  return expanded;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(compressed_format, CPU, library) {
+  library.impl("count_bits", TORCH_BOX(&count_bits_of_rows));
+  library.impl("expand_bitmask", TORCH_BOX(&expand_bitmask));
+  library.impl("find_uneven_quad", TORCH_BOX(&first_uneven_quad));
   library.impl("prune_2_of_4", TORCH_BOX(&prune_2_of_4));
   library.impl("compress_2_of_4", TORCH_BOX(&compress_2_of_4));
   library.impl("compress_bitmask", TORCH_BOX(&compress_bitmask));

@@ -90,7 +90,50 @@ def check_that_the_first_crowded_four_is_found() -> None:
             assert int(native.compress_2_of_4_reference(weight)[2]) == row * columns + column
 
 
+def same_way_back(weight: torch.Tensor, case: Any) -> None:
+    values, bitmask, _ = ops.compress_bitmask(weight)
+    columns = weight.shape[1]
+    counts = native.count_bits_reference(bitmask, columns)
+    assert torch.equal(ops.count_bits(bitmask, columns), counts), case
+    # Bits beyond the last column are anybody's.
+    dirty = bitmask.clone()
+    if columns % 8:
+        dirty[:, -1] |= 0xFF << columns % 8 & 0xFF
+    for mask in (bitmask, misaligned(dirty)):
+        expanded = ops.expand_bitmask(misaligned(values), mask, columns)
+        assert (expanded.dtype, expanded.shape) == (weight.dtype, weight.shape), case
+        expected = native.expand_bitmask_reference(values, mask, columns)
+        assert torch.equal(bits_of(expanded), bits_of(expected)), case
+        assert torch.equal(ops.count_bits(mask, columns), counts), case
+
+
+def check_the_way_back() -> None:
+    for seed, (columns, dtype) in enumerate(itertools.product((*COLUMNS, 1, 7, 9, 63, 65, 129, 1300), DTYPES)):
+        for rows in (1, 5):
+            same_way_back(values((rows, columns), dtype, seed), (rows, columns, dtype))
+    large = values((1000, 801), torch.int8, 1)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        same_way_back(large, threads)
+
+
+def check_that_the_first_uneven_quad_is_found() -> None:
+    for columns in (4, 60, 64, 72, 800):
+        bitmask = ops.compress_2_of_4(values((3000, columns), torch.int8, 2))[1]
+        assert int(ops.find_uneven_quad(bitmask, columns)) == -1
+        if columns % 8:
+            bitmask[:, -1] |= 0xF0
+            assert int(ops.find_uneven_quad(bitmask, columns)) == -1
+        for row, column, bits in ((2999, columns - 4, 0), (2000, columns // 8 * 4, 7), (7, 0, 15), (7, 0, 1)):
+            byte, shift = column // 8, column % 8
+            bitmask[row, byte] = int(bitmask[row, byte]) & ~(15 << shift) | bits << shift
+            for op in (native.find_uneven_quad, native.find_uneven_quad_reference):
+                assert int(op(bitmask, columns)) == (row * columns + column) // 4, (columns, row)
+
+
 if __name__ == "__main__":
+    check_the_way_back()
+    check_that_the_first_uneven_quad_is_found()
     check_against_the_reference()
     check_all_patterns_of_four()
     check_parts_and_threads()

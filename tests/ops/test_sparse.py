@@ -1,4 +1,4 @@
-"""``prune_2_of_4``, ``compress_2_of_4`` and ``compress_bitmask`` as ops: literal values, refusals, fakes."""
+"""The ops on sparse weights: literal values, refusals, fakes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from compressed_format import ops
+from compressed_format.errors import OpArgumentError
 from tests.ops.sparse_checks import DTYPES, FLOATS, values
 from tests.ops.test_reference_ops import opcheck, raises_alike
 
@@ -36,6 +37,11 @@ def test_literal_values(op: Callable[[str], Any]) -> None:
     assert str(compressed.tolist()) == "[-3.0, 2.0, nan, nan, 1.0, 1.0]"
     assert bitmask.tolist() == [[0b10010110], [0b00110000]]
     assert row_offsets.tolist() == [0, 4]
+    assert op("count_bits")(bitmask, 8).tolist() == [4, 2]
+    assert op("count_bits")(bitmask, 5).tolist() == [3, 1]
+    assert str(op("expand_bitmask")(compressed, bitmask, 8).tolist()) == str(pruned.tolist())
+    assert int(op("find_uneven_quad")(bitmask, 8)) == 2
+    assert int(op("find_uneven_quad")(bitmask[:1], 8)) == -1
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
@@ -77,3 +83,43 @@ def test_weights_of_no_values(shape: tuple[int, int], op: Callable[[str], Any]) 
 def test_weights_that_they_do_not_take(names: tuple[str, ...], weight: torch.Tensor, message: str) -> None:
     for name in names:
         raises_alike(getattr(ops, name), (weight,), f"{name}: {message}")
+
+
+BITS = torch.full((2, 1), 0b01011010, dtype=torch.uint8)
+
+
+def test_opcheck_of_bits(op: Callable[[str], Any]) -> None:
+    opcheck(op("count_bits"), (BITS, 7))
+    opcheck(op("find_uneven_quad"), (BITS, 8))
+    opcheck(op("expand_bitmask"), (torch.randn(8), BITS, 8))
+
+
+@pytest.mark.parametrize(
+    ("names", "bitmask", "columns", "message"),
+    [
+        (("count_bits", "find_uneven_quad"), BITS.to(torch.int8), 8, "bitmask must have dtype uint8, not torch.int8"),
+        (("count_bits", "find_uneven_quad"), BITS, -8, "columns must not be negative, not -8"),
+        (
+            ("count_bits", "find_uneven_quad"),
+            BITS,
+            12,
+            r"bitmask must be a matrix of 2 bytes a row for 12 columns, not",
+        ),
+        (("count_bits", "find_uneven_quad"), BITS[0], 8, r"bitmask must be a matrix of 1 bytes a row .* not \[1\]"),
+        (("find_uneven_quad",), BITS, 6, "columns must be a multiple of 4, not 6"),
+    ],
+)
+def test_bits_that_they_do_not_take(names: tuple[str, ...], bitmask: torch.Tensor, columns: int, message: str) -> None:
+    for name in names:
+        raises_alike(getattr(ops, name), (bitmask, columns), f"{name}: {message}")
+    if len(names) > 1:
+        arguments = (torch.zeros(8), bitmask, columns)
+        raises_alike(ops.expand_bitmask, arguments, f"expand_bitmask: {message}")
+
+
+def test_values_that_are_not_expanded() -> None:
+    message = "expand_bitmask: values must be int8 or float8_e4m3fn codes, or have a float dtype, not torch.int64"
+    raises_alike(ops.expand_bitmask, (torch.zeros(8, dtype=torch.int64), BITS, 8), message)
+    for count in (7, 9, 0):
+        with pytest.raises(OpArgumentError, match=f"values must be as many as the 8 bits of bitmask, not {count}"):
+            ops.expand_bitmask(torch.zeros(count), BITS, 8)

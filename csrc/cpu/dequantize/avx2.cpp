@@ -76,6 +76,10 @@ void dequantize_rows_avx2(const Weight& weight, int64_t first_row, int64_t last_
                   out_type);
 }
 
+void expand_rows_avx2(const Weight& weight, int value_bytes, int64_t first_row, int64_t last_row, void* out) {
+  expand_all(weight, value_bytes, first_row, last_row, out);
+}
+
 void unpack_rows_avx2(const void* words, int bits, int64_t size, int64_t first_row, int64_t last_row, int8_t* codes) {
   unpack_all(words, bits, size, first_row, last_row, codes);
 }

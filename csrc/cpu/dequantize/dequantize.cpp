@@ -7,6 +7,7 @@ namespace compressed_format {
 namespace {
 
 constexpr ByIsa<DequantizeRows> dequantize_by_isa COMPRESSED_FORMAT_BY_ISA(dequantize_rows);
+constexpr ByIsa<ExpandRows> expand_by_isa COMPRESSED_FORMAT_BY_ISA(expand_rows);
 constexpr ByIsa<UnpackRows> unpack_by_isa COMPRESSED_FORMAT_BY_ISA(unpack_rows);
 
 }  // namespace
@@ -24,6 +25,10 @@ bool can_dequantize(const Weight& weight) {
 void dequantize_rows(const Weight& weight, int64_t first_row, int64_t last_row, int64_t first_column,
                      int64_t last_column, void* out, int64_t out_row_bytes, Float out_type) {
   dequantize_by_isa.get()(weight, first_row, last_row, first_column, last_column, out, out_row_bytes, out_type);
+}
+
+void expand_rows(const Weight& weight, int value_bytes, int64_t first_row, int64_t last_row, void* out) {
+  expand_by_isa.get()(weight, value_bytes, first_row, last_row, out);
 }
 
 void unpack_rows(const void* words, int bits, int64_t size, int64_t first_row, int64_t last_row, int8_t* codes) {

@@ -176,7 +176,7 @@ struct RowCodes {
     for (int64_t i = 0; i < first_column / 8; ++i) taken += __builtin_popcount(mask[i]);
   }
 
-  // Those of [left, right), at most chunk_columns from a multiple of 8 on.
+  // Those of [left, right), from a multiple of 8 on at most as many as there is room for in `buffer`.
   const unsigned char* get(int64_t left, int64_t right, unsigned char* buffer) {
     const int64_t base = left / 8 * 8;
     if (mask != nullptr) {
@@ -309,6 +309,23 @@ inline void dequantize_part(const Weight& weight, const Part& part, Float out_ty
     case Codes::bfloat16: return plain_rows_to<Float::bfloat16>(out_type, weight, part);
     case Codes::float16: return plain_rows_to<Float::float16>(out_type, weight, part);
     case Codes::float32: return plain_rows_to<Float::float32>(out_type, weight, part);
+  }
+}
+
+template <int bytes>
+inline void expanded_rows(const Weight& weight, int64_t first_row, int64_t last_row, void* out) {
+  auto* const target = static_cast<unsigned char*>(out);
+  for (int64_t row = first_row; row < last_row; ++row) {
+    RowCodes<bytes> row_codes(weight, row, 0);
+    row_codes.get(0, weight.columns, target + row * weight.columns * bytes);
+  }
+}
+
+inline void expand_all(const Weight& weight, int value_bytes, int64_t first_row, int64_t last_row, void* out) {
+  switch (value_bytes) {
+    case 1: return expanded_rows<1>(weight, first_row, last_row, out);
+    case 2: return expanded_rows<2>(weight, first_row, last_row, out);
+    default: return expanded_rows<4>(weight, first_row, last_row, out);
   }
 }
 
