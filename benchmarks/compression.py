@@ -18,9 +18,10 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme as PeerScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 
+from compressed_format.blocks import block_shape, to_blocks
 from compressed_format.config import QuantizationConfig, QuantizationScheme
 from compressed_format.formats import format_named
-from compressed_format.quantization import block_shape, dequantize, quantize, to_blocks
+from compressed_format.quantization import dequantize, quantize
 
 REPEATS = 5
 

@@ -17,15 +17,13 @@ import compressed_format
 PACKAGE = Path(compressed_format.__file__).parent
 # The order of the parts, as in the README's map.
 PARTS = (
-    "errors", "dtypes", "threads", "config", "bitpack", "bitmask", "scales", "quantization", "activations", "ops",
-    "formats", "checkpoint", "reading", "modules", "calibrate", "renaming", "model_origin", "compression", "loading",
-    "parallel", "save", "load", "takeover", "checking", "streaming", "inspection", "comparison", "integrations", "cli",
-    "__main__",
+    "errors", "dtypes", "threads", "config", "bitpack", "bitmask", "blocks", "scales", "activations", "ops",
+    "quantization", "formats", "checkpoint", "reading", "modules", "calibrate", "renaming", "model_origin",
+    "compression", "loading", "parallel", "save", "load", "takeover", "checking", "streaming", "inspection",
+    "comparison", "integrations", "cli", "__main__",
 )  # fmt: skip
 # What only a model of another library needs, or one that is split: a function may import it when it is called.
 ON_USE = {"integrations", "parallel"}
-# The definition of quantizing hands over to the op whose reference is made of it.
-BACKWARDS = {("quantization", "ops")}
 FOREIGN = {"accelerate", "compressed_tensors", "diffusers", "pandas", "torch._dynamo", "tqdm.auto", "transformers"}
 
 
@@ -137,8 +135,7 @@ def test_each_part_imports_only_from_those_before_it() -> None:
         own = PARTS.index(module.partition(".")[0])
         for name, at_once in imports_of(path):
             part = name.partition(".")[0]
-            on_use = part in ON_USE or (module, part) in BACKWARDS
-            if PARTS.index(part) > own and (at_once or not on_use):
+            if PARTS.index(part) > own and (at_once or part not in ON_USE):
                 wrong.append(f"{module} imports {name}")
     assert wrong == []
 

@@ -19,18 +19,11 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from compressed_format.blocks import block_shape, scale_shape
 from compressed_format.config import CompressionFormat, QuantizationArgs
 from compressed_format.errors import QuantizationError, UnsupportedFormatError
 from compressed_format.formats import FORMATS
-from compressed_format.quantization import (
-    QuantizedWeight,
-    block_shape,
-    dequantize,
-    fake_quantize,
-    quantize,
-    scale_shape,
-    weight_scales,
-)
+from compressed_format.quantization import QuantizedWeight, dequantize, fake_quantize, quantize, weight_scales
 from tests.checks import FLOATS, assert_same_bits, assert_same_tensors, hexadecimal
 
 PEERS = {

@@ -11,9 +11,10 @@ from typing import Protocol
 import torch
 
 from compressed_format import ops
+from compressed_format.blocks import block_shape
 from compressed_format.config import ActivationOrdering, CompressionFormat, QuantizationArgs, QuantizationStrategy
 from compressed_format.errors import FormatError, Problem
-from compressed_format.quantization import QuantizedWeight, block_shape
+from compressed_format.quantization import QuantizedWeight
 from compressed_format.scales import code_range
 
 __all__ = [

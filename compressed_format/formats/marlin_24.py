@@ -10,10 +10,11 @@ from collections.abc import Mapping
 
 import torch
 
+from compressed_format.blocks import scale_shape
 from compressed_format.config import CompressionFormat, QuantizationArgs, QuantizationStrategy, QuantizationType
 from compressed_format.errors import FormatError, Problem, UnsupportedFormatError
 from compressed_format.formats.base import Format, TensorSpec, check_scales, check_tensors, require_args
-from compressed_format.quantization import QuantizedWeight, scale_shape
+from compressed_format.quantization import QuantizedWeight
 
 __all__ = ["Marlin24"]
 

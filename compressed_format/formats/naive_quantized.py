@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
+from compressed_format.blocks import scale_shape
 from compressed_format.config import CompressionFormat, QuantizationArgs
 from compressed_format.errors import FormatError, Problem
 from compressed_format.formats.base import (
@@ -24,7 +25,7 @@ from compressed_format.formats.base import (
     g_idx_spec,
     require_args,
 )
-from compressed_format.quantization import QuantizedWeight, scale_shape
+from compressed_format.quantization import QuantizedWeight
 from compressed_format.scales import code_dtype, zero_point_dtype
 
 __all__ = ["NaiveQuantized"]

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from compressed_format import bitpack, ops
+from compressed_format.blocks import scale_shape
 from compressed_format.config import CompressionFormat, QuantizationArgs, QuantizationStrategy, QuantizationType
 from compressed_format.errors import FormatError, Problem, UnsupportedFormatError
 from compressed_format.formats.base import (
@@ -26,7 +27,7 @@ from compressed_format.formats.base import (
     g_idx_spec,
     require_args,
 )
-from compressed_format.quantization import QuantizedWeight, quantize_at_once, scale_shape
+from compressed_format.quantization import QuantizedWeight, quantize_at_once
 from compressed_format.scales import zero_point_dtype
 
 __all__ = ["PackLayout", "PackQuantized", "pack_layout"]

@@ -14,12 +14,12 @@ from functools import partial
 import torch
 from torch import nn
 
+from compressed_format.blocks import block_shape
 from compressed_format.compression.experts import Assignments, projection_shape
 from compressed_format.config import Assignment
 from compressed_format.config.experts import ExpertStack
 from compressed_format.errors import Problem
 from compressed_format.formats.base import StoredTensor
-from compressed_format.quantization import block_shape
 
 __all__ = ["FusedExperts", "Recipe", "Stored", "split_fused"]
 

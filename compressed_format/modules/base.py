@@ -16,6 +16,7 @@ from torch import nn
 
 from compressed_format import ops
 from compressed_format.activations import activation_group_size
+from compressed_format.blocks import block_shape
 from compressed_format.config import CompressionFormat, QuantizationArgs, QuantizationScheme, QuantizationType
 from compressed_format.config.scheme import describe_scheme
 from compressed_format.errors import Problem, UnsupportedFormatError
@@ -24,7 +25,7 @@ from compressed_format.modules.first_use import check_values_once
 from compressed_format.modules.float8_pickling import Envelope
 from compressed_format.modules.lazy_weight import LazyWeight
 from compressed_format.modules.offloading import means_parameter
-from compressed_format.quantization import QuantizedWeight, block_shape
+from compressed_format.quantization import QuantizedWeight
 
 __all__ = [
     "CompressedModule",

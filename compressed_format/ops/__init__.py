@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from compressed_format.ops.dequantize import dequantize
+from compressed_format.ops.embedding import embedding
 from compressed_format.ops.experts import expert_linear
 from compressed_format.ops.extension import backend_info, load_libraries, native_library
 from compressed_format.ops.fake_quantize import fake_quantize
+from compressed_format.ops.linear import linear
 from compressed_format.ops.pack import pack_codes
 from compressed_format.ops.quantize import quantize
 from compressed_format.ops.quantized_experts import expert_quantized_linear
 from compressed_format.ops.quantized_linear import quantized_linear
-from compressed_format.ops.schemas import dequantize, embedding, linear
 from compressed_format.ops.sparse import (
     compress_2_of_4,
     compress_bitmask,

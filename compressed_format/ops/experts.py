@@ -12,16 +12,8 @@ import torch
 
 from compressed_format.errors import OpArgumentError
 from compressed_format.ops import reference
-from compressed_format.ops.schemas import (
-    FLOATS,
-    LAYOUT,
-    WEIGHT,
-    check_weight,
-    define_op,
-    library,
-    refuse_gradients,
-    register_autocast,
-)
+from compressed_format.ops.definition import FLOATS, define_op, library, register_autocast
+from compressed_format.ops.weight_arguments import LAYOUT, WEIGHT, check_weight, refuse_gradients
 
 __all__ = ["check_experts", "expert_linear", "expert_linear_backward", "of_expert", "out_features", "routed_experts"]
 

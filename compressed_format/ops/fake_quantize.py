@@ -8,7 +8,7 @@ import torch
 
 from compressed_format.errors import OpArgumentError
 from compressed_format.ops import reference
-from compressed_format.ops.schemas import FLOATS, define_op, library
+from compressed_format.ops.definition import FLOATS, define_op, library
 
 __all__ = ["check_activations", "fake_quantize"]
 

@@ -12,10 +12,10 @@ from typing import cast
 import torch
 
 from compressed_format import bitpack
+from compressed_format.blocks import block_shape, from_blocks, scale_shape, scales_over_blocks, to_blocks
 from compressed_format.config import QuantizationArgs, QuantizationStrategy, QuantizationType
 from compressed_format.errors import OpArgumentError
-from compressed_format.ops.schemas import library
-from compressed_format.quantization import block_shape, from_blocks, scale_shape, scales_over_blocks, to_blocks
+from compressed_format.ops.definition import library
 from compressed_format.scales import round_to_codes, scale_of_range
 
 __all__ = ["Quantized", "quantize", "quantize_weight"]

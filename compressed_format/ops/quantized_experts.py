@@ -12,6 +12,7 @@ import torch
 
 from compressed_format.errors import OpArgumentError
 from compressed_format.ops import reference
+from compressed_format.ops.definition import define_op, library
 from compressed_format.ops.experts import (
     check_experts,
     expert_linear_backward,
@@ -20,7 +21,7 @@ from compressed_format.ops.experts import (
     routed_experts,
 )
 from compressed_format.ops.fake_quantize import check_activations
-from compressed_format.ops.schemas import LAYOUT, WEIGHT, define_op, library, refuse_gradients
+from compressed_format.ops.weight_arguments import LAYOUT, WEIGHT, refuse_gradients
 
 __all__ = ["expert_quantized_linear"]
 

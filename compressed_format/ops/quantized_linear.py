@@ -11,17 +11,10 @@ from typing import Any
 import torch
 
 from compressed_format.ops import reference
+from compressed_format.ops.definition import define_op, library
 from compressed_format.ops.fake_quantize import check_activations, fake_quantize
-from compressed_format.ops.schemas import (
-    LAYOUT,
-    WEIGHT,
-    check_linear,
-    define_op,
-    fake_linear,
-    gradients_of_linear,
-    library,
-    linear,
-)
+from compressed_format.ops.linear import check_linear, fake_linear, gradients_of_linear, linear
+from compressed_format.ops.weight_arguments import LAYOUT, WEIGHT
 
 __all__ = ["quantized_linear"]
 

@@ -12,7 +12,7 @@ import torch
 from compressed_format import bitpack
 from compressed_format.activations import fake_quantize_activations as fake_quantize
 from compressed_format.bitmask import expand_bitmask
-from compressed_format.quantization import dequantize_blocks
+from compressed_format.blocks import dequantize_blocks
 
 __all__ = ["dequantize", "embedding", "fake_quantize", "linear"]
 

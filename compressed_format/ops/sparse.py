@@ -15,7 +15,7 @@ import torch
 from compressed_format import bitmask as definition
 from compressed_format.bitmask import bytes_of, nonzero, pack_bitmask, unpack_bitmask
 from compressed_format.errors import OpArgumentError
-from compressed_format.ops.schemas import FLOATS, library
+from compressed_format.ops.definition import FLOATS, library
 
 __all__ = [
     "compress_2_of_4",

@@ -10,7 +10,7 @@ import torch
 
 from compressed_format import bitpack
 from compressed_format.errors import OpArgumentError
-from compressed_format.ops.schemas import define_op
+from compressed_format.ops.definition import define_op
 
 __all__ = ["unpack_codes"]
 

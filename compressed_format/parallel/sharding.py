@@ -16,10 +16,10 @@ from frozendict import frozendict
 
 from compressed_format import bitpack
 from compressed_format.activations import activation_group_size
+from compressed_format.blocks import block_shape
 from compressed_format.config import CompressionFormat, QuantizationArgs, QuantizationScheme
 from compressed_format.errors import Problem, UnsupportedFormatError
 from compressed_format.formats import PackQuantized
-from compressed_format.quantization import block_shape
 
 __all__ = ["ShardPlan", "plan_sharding"]
 

@@ -14,6 +14,7 @@ import torch
 from frozendict import frozendict
 
 from compressed_format import ops
+from compressed_format.blocks import block_shape
 from compressed_format.config import CompressionFormat, QuantizationArgs, QuantizationStrategy
 from compressed_format.errors import FormatError, Problem
 from compressed_format.formats import (
@@ -25,7 +26,7 @@ from compressed_format.formats import (
     format_named,
 )
 from compressed_format.formats.base import dense_weight
-from compressed_format.quantization import QuantizedWeight, block_shape
+from compressed_format.quantization import QuantizedWeight
 
 __all__ = ["Part", "Range", "WeightLayout", "weight_specs"]
 

@@ -116,7 +116,7 @@ class StoredModule:
 
     def _part(self, rows: Range | None, groups: Range | None) -> Part:
         """Rows and columns that were asked for."""
-        from compressed_format.quantization import block_shape
+        from compressed_format.blocks import block_shape
 
         layout = self.layout
         part = rows if rows is not None else (0, layout.shape[0])

@@ -11,10 +11,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compressed_format import ops
+from compressed_format.blocks import block_shape
 from compressed_format.config import CompressionFormat, QuantizationArgs
 from compressed_format.errors import OpArgumentError
 from compressed_format.formats import FORMATS, SPARSITY_FORMATS, prune_2_of_4
-from compressed_format.quantization import block_shape, dequantize, quantize
+from compressed_format.quantization import dequantize, quantize
 from tests.checks import assert_product, assert_same_bits
 
 ROWS, COLUMNS = 7, 24

@@ -1,4 +1,4 @@
-// Compressed weights made dense: (code - zero point) * scale, rounded as compressed_format/quantization.py says.
+// Compressed weights made dense: (code - zero point) * scale, rounded as compressed_format/blocks.py says.
 #pragma once
 
 #include <cstdint>

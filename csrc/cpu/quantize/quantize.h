@@ -1,4 +1,4 @@
-// Scales, zero points and codes of a weight: what compressed_format/quantization.py defines, bit for bit.
+// Scales, zero points and codes of a weight: what compressed_format/quantization.py and scales.py define, bit for bit.
 #pragma once
 
 #include <cstdint>
