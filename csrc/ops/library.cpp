@@ -22,7 +22,7 @@ COMPRESSED_FORMAT_EXPORT const char* compressed_format_kernels() {
          "fake_quantize: integers of 1 to 8 bits and float8_e4m3fn, by tensor, token and group\n"
          "compress_2_of_4: int8, float8_e4m3fn and plain values\n"
          "compress_bitmask: int8, float8_e4m3fn and plain values\n"
-         "linear: few tokens (AVX-512) and many, codes of 1 to 8 bits, int8, float8_e4m3fn, plain and 2:4 values\n"
+         "linear: few tokens and many, codes of 1 to 8 bits, int8, float8_e4m3fn, plain and 2:4 values\n"
          "pack_codes: int8 codes of 1 to 8 bits\n"
          "prune_2_of_4: plain values\n"
          "quantize: integers of 1 to 8 bits, packed too, and float8_e4m3fn, by tensor, channel, group and block\n"
