@@ -28,12 +28,11 @@ F32 two_halves(float first, float second) { return {_mm256_set_m128(_mm_set1_ps(
 
 __attribute__((always_inline)) inline void Nibbles::operator()(const char* source, F32 (&values)[vectors]) const {
   const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
+  const __m256i upper = _mm256_srli_epi32(words, 16);
 #pragma GCC unroll 8
   for (int v = 0; v < vectors; ++v) {
-    // The highest code would be taken for the sign of its word.
-    const __m256i code =
-        v == 7 ? _mm256_srli_epi32(words, 28) : _mm256_and_si256(words, _mm256_set1_epi32(15 << 4 * v));
-    values[v].v = _mm256_cvtepi32_ps(code);
+    const __m256i mask = _mm256_set1_epi32(15 << 4 * (v % 4));
+    values[v].v = _mm256_cvtepi32_ps(_mm256_and_si256(v < 4 ? words : upper, mask));
   }
 }
 

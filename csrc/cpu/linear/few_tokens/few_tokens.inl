@@ -29,7 +29,8 @@ constexpr int64_t most_columns = 64;
 // A decoder makes `vectors` vectors of a chunk of columns, and reads `chunk_bytes` for that, `reach` if it reads more.
 // Lane i of vector v holds column_of(v, i), 2^shift_of(v, i) times too large.
 
-// Codes of four bits: a lane is a word, and each vector has one code of every word.
+// Codes of four bits: a lane is a word, and each vector has one code of every word. The upper half of a word is moved
+// down, so that four masks do for all of it, which leaves them in registers; and no code is taken for a sign.
 struct Nibbles {
   static constexpr int vectors = 8;
   static constexpr int chunk_columns = lanes * vectors;
@@ -37,7 +38,7 @@ struct Nibbles {
 
   explicit Nibbles(const Weight&) {}
   static int column_of(int vector, int lane) { return 8 * lane + vector; }
-  static int shift_of(int vector, int) { return vector == 7 ? 0 : 4 * vector; }
+  static int shift_of(int vector, int) { return 4 * (vector % 4); }
   void operator()(const char* source, F32 (&values)[vectors]) const;
 };
 
@@ -266,85 +267,153 @@ void prepare(const Linear& problem, void* prepared, int64_t, int64_t) {
   });
 }
 
-// One row times all tokens. Its sums are made in the same order whatever it is computed with.
-template <typename Decoder, int tokens>
-void multiply_row(const Linear& problem, const float* prepared, const Decoder& decode, int64_t row) {
-  constexpr int columns = Decoder::chunk_columns, vectors = Decoder::vectors;
-  // As many sums as hide how long an addition takes.
-  constexpr int ways = tokens == 1 ? 4 : 2;
-  const Weight& weight = *problem.weight;
-  const char* const codes = static_cast<const char*>(weight.codes) + row * weight.row_bytes;
-  const int64_t stored_bytes =
-      weight.type == Codes::packed ? ceil_div(weight.columns * weight.bits, 32) * 4
-                                   : weight.columns * bits_of_codes(weight) / 8;
-  // Behind a row is another one, except behind the last.
-  const int64_t readable = row + 1 < weight.rows ? weight.row_bytes + stored_bytes : stored_bytes;
-  const int64_t whole = smaller(readable - decode.reach, stored_bytes - decode.chunk_bytes);
-  const int64_t chunks = chunks_of<Decoder>(weight), in_group = chunks_of_group<Decoder>(weight);
-  const int64_t scale_row = weight.block_rows == 1 ? row : row / weight.block_rows;
-  const bool halves = has_halves<Decoder>(weight), offsets = has_offsets(weight);
-  const bool zero_points = weight.zero_points != ZeroPoints::none;
-  const float stored = stored_offset(weight);
-  const float* x_sums = prepared + sums_offset<Decoder>(problem);
-  const float* x = prepared;
+// What is the same for all rows.
+template <typename Decoder>
+struct Plan {
+  explicit Plan(const Linear& problem) : weight(*problem.weight) {
+    stored_bytes = weight.type == Codes::packed ? ceil_div(weight.columns * weight.bits, 32) * 4
+                                                : weight.columns * bits_of_codes(weight) / 8;
+    chunks = chunks_of<Decoder>(weight);
+    in_group = chunks_of_group<Decoder>(weight);
+    halves = has_halves<Decoder>(weight);
+    offsets = has_offsets(weight);
+    sums = sums_offset<Decoder>(problem);
+  }
+  const Weight& weight;
+  int64_t stored_bytes, chunks, in_group, sums;
+  bool halves, offsets;
+};
 
-  F32 total[tokens];
-  for (int t = 0; t < tokens; ++t) total[t] = zero();
-  int64_t group = 0;
-  for (int64_t first = 0; first < chunks; first += in_group, group += halves ? 2 : 1) {
-    const int64_t last = smaller(chunks, first + in_group);
-    F32 sum[tokens][ways];
-#pragma GCC unroll 4
-    for (int t = 0; t < tokens; ++t) {
-#pragma GCC unroll 4
-      for (int way = 0; way < ways; ++way) sum[t][way] = zero();
+// Scales are made floats so many at a time, and what is subtracted from the codes of their groups with them.
+constexpr int64_t most_groups = 64;
+struct Groups {
+  alignas(32) float scales[most_groups];
+  alignas(32) float minus[most_groups];
+
+  inline void load(const Weight& weight, int64_t scale_row, int64_t first, int64_t count) {
+    const float stored = -stored_offset(weight);
+    if (weight.scale == nullptr) {
+      scales[0] = 1.0f;
+      return;
     }
-    for (int64_t chunk = first; chunk < last; ++chunk, x += tokens * columns) {
-      const int64_t offset = chunk * decode.chunk_bytes;
-      const char* source = codes + offset;
-      __builtin_prefetch(source + ahead);
-      char part[most_columns * 4];
-      if (offset > whole) {
-        const int64_t left = smaller(stored_bytes - offset, decode.chunk_bytes);
-        __builtin_memset(part, 0, sizeof part);
-        __builtin_memcpy(part, source, static_cast<uint64_t>(left));
-        source = part;
-      }
-      F32 values[vectors];
-      decode(source, values);
+    const int64_t index = scale_row * weight.scale_columns + first;
+    const char* const source = static_cast<const char*>(weight.scale) + index * float_bytes(weight.scale_type);
+    for (int64_t i = 0; i < count; i += lanes) {
+      const int part = static_cast<int>(smaller(lanes, count - i));
+      store_float32(scales + i, load_floats(source + i * float_bytes(weight.scale_type), weight.scale_type, part));
+      store_float32(minus + i, broadcast(stored));
+    }
+    if (weight.zero_points == ZeroPoints::none) return;
+    for (int64_t i = 0; i < count; ++i) {
+      minus[i] = stored - static_cast<float>(zero_point_at(weight, scale_row, first + i));
+    }
+  }
+};
+
+// Rows that share loads of x, and as many sums for each of them as hide how long an addition takes. With one token,
+// memory is read faster row by row.
+template <int tokens>
+constexpr int shared_rows = tokens == 1 ? 1 : 2;
+template <int tokens>
+constexpr int ways = tokens == 1 ? 4 : tokens == 2 ? 2 : 1;
+
+template <typename Decoder, int rows, int tokens>
+__attribute__((always_inline)) inline void multiply_chunk(const Decoder& decode, const char* const (&source)[rows],
+                                                          int64_t offset, const float* x,
+                                                          F32 (&sum)[rows][tokens][ways<tokens>]) {
+  F32 values[rows][Decoder::vectors];
+#pragma GCC unroll 2
+  for (int r = 0; r < rows; ++r) decode(source[r] + offset, values[r]);
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) {
-#pragma GCC unroll 4
-        for (int t = 0; t < tokens; ++t) {
-          sum[t][v % ways] = multiply_add(values[v], load_float32(x + t * columns + v * lanes), sum[t][v % ways]);
-        }
-      }
-    }
-    const int64_t index = scale_row * weight.scale_columns + group;
-    const bool second = halves && group + 1 < weight.scale_columns;
-    F32 scale = broadcast(weight.scale == nullptr ? 1.0f : load_float(weight.scale, weight.scale_type, index));
-    F32 minus = broadcast(-stored);
-    if (zero_points) minus = broadcast(-stored - static_cast<float>(zero_point_at(weight, scale_row, group)));
-    if (second) {
-      scale = two_halves(load_float(weight.scale, weight.scale_type, index),
-                         load_float(weight.scale, weight.scale_type, index + 1));
-      if (zero_points) {
-        minus = two_halves(-stored - static_cast<float>(zero_point_at(weight, scale_row, group)),
-                           -stored - static_cast<float>(zero_point_at(weight, scale_row, group + 1)));
-      }
-    }
+  for (int v = 0; v < Decoder::vectors; ++v) {
 #pragma GCC unroll 4
     for (int t = 0; t < tokens; ++t) {
-      F32 of_group = sum[t][0] + sum[t][1];
-      if constexpr (ways == 4) of_group = of_group + (sum[t][2] + sum[t][3]);
-      if (offsets) of_group = multiply_add(minus, load_float32(x_sums + t * lanes), of_group);
-      total[t] = multiply_add(scale, of_group, total[t]);
+      const F32 token = load_float32(x + t * Decoder::chunk_columns + v * lanes);
+#pragma GCC unroll 2
+      for (int r = 0; r < rows; ++r) {
+        F32& target = sum[r][t][v % ways<tokens>];
+        target = multiply_add(values[r][v], token, target);
+      }
+    }
+  }
+}
+
+// A few rows times all tokens. A row's sums are made in the same order whatever it is computed with.
+template <typename Decoder, int rows, int tokens>
+void multiply_rows(const Linear& problem, const Plan<Decoder>& plan, const float* x, const Decoder& decode,
+                   int64_t row) {
+  constexpr int x_step = tokens * Decoder::chunk_columns;
+  constexpr int count = ways<tokens>;
+  const Weight& weight = plan.weight;
+  // Behind a row is another one, except behind the last.
+  const int64_t readable = row + rows < weight.rows ? weight.row_bytes + plan.stored_bytes : plan.stored_bytes;
+  const int64_t last_whole = smaller(readable - decode.reach, plan.stored_bytes - decode.chunk_bytes);
+  const int64_t whole_chunks = last_whole < 0 ? 0 : last_whole / decode.chunk_bytes + 1;
+  const int64_t groups = groups_of(weight);
+  const int halves = plan.halves ? 2 : 1;
+  const float* x_sums = x + plan.sums;
+
+  const char* source[rows];
+  int64_t scale_row[rows];
+  F32 total[rows][tokens];
+  for (int r = 0; r < rows; ++r) {
+    source[r] = static_cast<const char*>(weight.codes) + (row + r) * weight.row_bytes;
+    scale_row[r] = weight.block_rows == 1 ? row + r : (row + r) / weight.block_rows;
+    for (int t = 0; t < tokens; ++t) total[r][t] = zero();
+  }
+  Groups known[rows];
+  int64_t group = 0, first_known = 0, last_known = 0;
+  for (int64_t chunk = 0; chunk < plan.chunks; group += halves) {
+    if (group >= last_known) {
+      first_known = group;
+      last_known = smaller(groups, group + most_groups);
+      for (int r = 0; r < rows; ++r) known[r].load(weight, scale_row[r], first_known, last_known - first_known);
+    }
+    F32 sum[rows][tokens][count];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows * tokens * count; ++i) sum[i / count / tokens][i / count % tokens][i % count] = zero();
+    const int64_t last = smaller(plan.chunks, chunk + plan.in_group);
+    for (const int64_t whole = smaller(last, whole_chunks); chunk < whole; ++chunk, x += x_step) {
+      const int64_t offset = chunk * decode.chunk_bytes;
+#pragma GCC unroll 2
+      for (int r = 0; r < rows; ++r) __builtin_prefetch(source[r] + offset + ahead);
+      multiply_chunk<Decoder, rows, tokens>(decode, source, offset, x, sum);
+    }
+    for (; chunk < last; ++chunk, x += x_step) {
+      char copies[rows][most_columns * 4] = {};
+      const char* copied[rows];
+      const int64_t offset = chunk * decode.chunk_bytes;
+      const int64_t left = smaller(plan.stored_bytes - offset, decode.chunk_bytes);
+      for (int r = 0; r < rows; ++r) {
+        __builtin_memcpy(copies[r], source[r] + offset, static_cast<uint64_t>(left));
+        copied[r] = copies[r];
+      }
+      multiply_chunk<Decoder, rows, tokens>(decode, copied, 0, x, sum);
+    }
+    const int64_t place = group - first_known;
+#pragma GCC unroll 2
+    for (int r = 0; r < rows; ++r) {
+      F32 scale = broadcast(known[r].scales[place]), minus = broadcast(known[r].minus[place]);
+      if (plan.halves && group + 1 < groups) {
+        scale = two_halves(known[r].scales[place], known[r].scales[place + 1]);
+        minus = two_halves(known[r].minus[place], known[r].minus[place + 1]);
+      }
+#pragma GCC unroll 4
+      for (int t = 0; t < tokens; ++t) {
+        F32 of_group = sum[r][t][0];
+        if constexpr (count == 2) of_group = of_group + sum[r][t][1];
+        if constexpr (count == 4) of_group = (of_group + sum[r][t][1]) + (sum[r][t][2] + sum[r][t][3]);
+        if (plan.offsets) of_group = multiply_add(minus, load_float32(x_sums + t * lanes), of_group);
+        total[r][t] = multiply_add(scale, of_group, total[r][t]);
+      }
     }
     x_sums += tokens * lanes;
   }
-  const float bias = problem.bias == nullptr ? 0.0f : load_float(problem.bias, problem.bias_type, row);
-  for (int t = 0; t < tokens; ++t) {
-    store_float(problem.y, problem.x_type, t * weight.rows + row, compressed_format::sum(total[t]) + bias);
+  for (int r = 0; r < rows; ++r) {
+    const float bias = problem.bias == nullptr ? 0.0f : load_float(problem.bias, problem.bias_type, row + r);
+    for (int t = 0; t < tokens; ++t) {
+      store_float(problem.y, problem.x_type, t * weight.rows + row + r, sum(total[r][t]) + bias);
+    }
   }
 }
 
@@ -356,9 +425,13 @@ int64_t tasks_per_thread(const Linear& problem) {
 }
 
 template <typename Decoder, int tokens>
-void multiply_rows(const Linear& problem, const float* prepared, int64_t first, int64_t last) {
+void run_rows(const Linear& problem, const float* prepared, int64_t first, int64_t last) {
+  constexpr int rows = shared_rows<tokens>;
   const Decoder decode(*problem.weight);
-  for (int64_t row = first; row < last; ++row) multiply_row<Decoder, tokens>(problem, prepared, decode, row);
+  const Plan<Decoder> plan(problem);
+  int64_t row = first;
+  for (; row + rows <= last; row += rows) multiply_rows<Decoder, rows, tokens>(problem, plan, prepared, decode, row);
+  for (; row < last; ++row) multiply_rows<Decoder, 1, tokens>(problem, plan, prepared, decode, row);
 }
 
 void run(const Linear& problem, const void* prepared, int64_t first_task, int64_t last_task) {
@@ -368,10 +441,10 @@ void run(const Linear& problem, const void* prepared, int64_t first_task, int64_
   with_decoder(*problem.weight, [&](auto kind) {
     using Decoder = typename decltype(kind)::Type;
     switch (problem.tokens) {
-      case 1: return multiply_rows<Decoder, 1>(problem, x, first, last);
-      case 2: return multiply_rows<Decoder, 2>(problem, x, first, last);
-      case 3: return multiply_rows<Decoder, 3>(problem, x, first, last);
-      default: return multiply_rows<Decoder, 4>(problem, x, first, last);
+      case 1: return run_rows<Decoder, 1>(problem, x, first, last);
+      case 2: return run_rows<Decoder, 2>(problem, x, first, last);
+      case 3: return run_rows<Decoder, 3>(problem, x, first, last);
+      default: return run_rows<Decoder, 4>(problem, x, first, last);
     }
   });
 }

@@ -19,12 +19,10 @@ inline F32 converted(Operation operation) {
 inline void Nibbles::operator()(const char* source, F32 (&values)[vectors]) const {
   uint32_t words[lanes];
   std::memcpy(words, source, sizeof words);
-  for (int v = 0; v < 7; ++v) {
-    const uint32_t mask = 15u << 4 * v;
-    values[v] = converted([&](int i) { return words[i] & mask; });
+  for (int v = 0; v < vectors; ++v) {
+    const uint32_t mask = 15u << 4 * (v % 4);
+    values[v] = converted([&](int i) { return words[i] >> v / 4 * 16 & mask; });
   }
-  // The highest code would be taken for the sign of its word.
-  values[7] = converted([&](int i) { return words[i] >> 28; });
 }
 
 // Four codes lie in a word, the other four in the one that begins where these end.
