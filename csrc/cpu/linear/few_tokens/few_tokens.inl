@@ -310,10 +310,10 @@ struct Groups {
   }
 };
 
-// Rows that share loads of x, and as many sums for each of them as hide how long an addition takes. With one token,
+// Rows that share loads of x, and as many sums for each of them as hide how long an addition takes. With fewer tokens,
 // memory is read faster row by row.
 template <int tokens>
-constexpr int shared_rows = tokens == 1 ? 1 : 2;
+constexpr int shared_rows = tokens <= 2 ? 1 : 2;
 template <int tokens>
 constexpr int ways = tokens == 1 ? 4 : tokens == 2 ? 2 : 1;
 
@@ -394,7 +394,7 @@ void multiply_rows(const Linear& problem, const Plan<Decoder>& plan, const float
 #pragma GCC unroll 2
     for (int r = 0; r < rows; ++r) {
       F32 scale = broadcast(known[r].scales[place]), minus = broadcast(known[r].minus[place]);
-      if (plan.halves && group + 1 < groups) {
+      if (Decoder::chunk_columns == 64 && plan.halves && group + 1 < groups) {
         scale = two_halves(known[r].scales[place], known[r].scales[place + 1]);
         minus = two_halves(known[r].minus[place], known[r].minus[place + 1]);
       }
