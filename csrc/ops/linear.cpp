@@ -12,7 +12,8 @@
 namespace compressed_format {
 
 const LinearKernel* select_linear(const Linear& problem) {
-  for (const ByIsa<const LinearKernel>* kernel : {&split_tokens, &few_tokens, &plain_values, &many_tokens}) {
+  for (const ByIsa<const LinearKernel>* kernel :
+       {&split_tokens, &few_tokens, &plain_values, &indexed_groups, &many_tokens}) {
     const LinearKernel* const found = kernel->get();
     if (found != nullptr && found->takes(problem)) return found;
   }

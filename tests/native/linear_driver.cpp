@@ -1,4 +1,4 @@
-// Multiplies with weights of every kind, by both kernels, every level, and in several threads. Results must lie near
+// Multiplies with weights of every kind, by several kernels, every level, and in several threads. Results must lie near
 // those in float64, and not depend on threads. Sanitizers see what a comparison cannot, and an emulator of an older
 // processor stops at an instruction that it does not know.
 
@@ -36,16 +36,16 @@ bool right(const Kind& kind, Float type, int64_t tokens, int64_t rows, int64_t c
     return sum;
   };
   const int64_t bytes = tokens * rows * float_bytes(type);
-  for (const auto* const kernels : {&few_tokens, &many_tokens}) {
+  for (const auto* const kernels : {&few_tokens, &indexed_groups, &many_tokens}) {
     for (const LinearKernel* const kernel : levels(*kernels)) {
       if (!kernel->takes(problem)) continue;
       const Tensor y = product(*kernel, problem, bytes, true);
       const bool same = product(*kernel, problem, bytes, false) == y;
       // Weights may be rounded to the type of their scales, and both sides to bfloat16, before they are multiplied.
       if (!same || !close(y, type, tokens, rows, 0x1p-7, exact)) {
+        const char* const name = kernels == &few_tokens ? "few" : kernels == &many_tokens ? "many" : "indexed";
         std::printf("%s, %s tokens: codes %d, %d bits, %d tokens of type %d, %d x %d, blocks of %d x %d\n",
-                    same ? "wrong" : "other with threads", kernels == &few_tokens ? "few" : "many", int(kind.type),
-                    kind.bits, int(tokens), int(type), int(rows), int(columns), int(kind.block_rows),
+                    same ? "wrong" : "other with threads", name, int(kind.type), kind.bits, int(tokens), int(type), int(rows), int(columns), int(kind.block_rows),
                     int(kind.block_columns));
         return false;
       }
