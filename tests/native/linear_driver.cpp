@@ -45,8 +45,8 @@ bool right(const Kind& kind, Float type, int64_t tokens, int64_t rows, int64_t c
       if (!same || !close(y, type, tokens, rows, 0x1p-7, exact)) {
         const char* const name = kernels == &few_tokens ? "few" : kernels == &many_tokens ? "many" : "indexed";
         std::printf("%s, %s tokens: codes %d, %d bits, %d tokens of type %d, %d x %d, blocks of %d x %d\n",
-                    same ? "wrong" : "other with threads", name, int(kind.type), kind.bits, int(tokens), int(type), int(rows), int(columns), int(kind.block_rows),
-                    int(kind.block_columns));
+                    same ? "wrong" : "other with threads", name, int(kind.type), kind.bits, int(tokens), int(type),
+                    int(rows), int(columns), int(kind.block_rows), int(kind.block_columns));
         return false;
       }
     }
