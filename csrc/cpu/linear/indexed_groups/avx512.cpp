@@ -47,7 +47,7 @@ void prepare(const Linear& problem, void* prepared, int64_t, int64_t) {
 
 // One row times all tokens.
 template <int tokens, typename Rows>
-void multiply_row(const Linear& problem, const char* prepared, const IndexedCodes& codes, const Rows& scales,
+void multiply_row(const Linear& problem, const char* prepared, const CodeBytes& codes, const Rows& scales,
                   int64_t row) {
   const Weight& weight = *problem.weight;
   const auto* x = reinterpret_cast<const float*>(prepared);
@@ -89,7 +89,7 @@ int64_t tasks_per_thread(const Linear& problem) {
 void run(const Linear& problem, const void* prepared, int64_t first_task, int64_t last_task) {
   const auto* const memory = static_cast<const char*>(prepared);
   const int64_t last = smaller(problem.weight->rows, last_task * task_rows);
-  const IndexedCodes codes(*problem.weight);
+  const CodeBytes codes(*problem.weight);
   with_table(*problem.weight, [&](auto table) {
     typename decltype(table)::Rows scales(*problem.weight);
     for (int64_t row = first_task * task_rows; row < last; ++row) {

@@ -155,9 +155,9 @@ struct RowOfGroups {
 };
 
 // Codes of 64 columns as bytes; those beyond the row are of no meaning.
-class IndexedCodes {
+class CodeBytes {
  public:
-  explicit IndexedCodes(const Weight& weight) : packed(weight.type == Codes::packed), bits(packed ? weight.bits : 8) {
+  explicit CodeBytes(const Weight& weight) : packed(weight.type == Codes::packed), bits(packed ? weight.bits : 8) {
     stored_bytes = packed ? ceil_div(weight.columns * bits, 8) : weight.columns;
     alignas(64) uint8_t places[64], distances[64];
     for (int i = 0; i < 64; ++i) {

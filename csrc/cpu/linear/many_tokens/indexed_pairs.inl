@@ -23,7 +23,7 @@ struct IndexedPairs : Pairs {
     const int64_t left = first_step * pair_columns, right = last_step * pair_columns;
     alignas(64) uint16_t groups[block_steps * pair_columns];
     write_groups(weight, left, smaller(weight.columns, right) - left, groups);
-    const IndexedCodes codes(weight);
+    const CodeBytes codes(weight);
     with_table(weight, [&](auto table) {
       typename decltype(table)::Rows rows(weight);
       for (int64_t row = first_row; row < last_row; ++row, tile += tile_row_bytes) {
