@@ -20,7 +20,7 @@ bool takes(const Linear& problem) {
   return is_indexed(*problem.weight) && problem.tokens <= most_tokens && problem.weight->columns > 0;
 }
 
-// What prepare leaves for all threads: x in floats, [chunks][tokens][columns of a chunk], then the group of each column.
+// What prepare leaves for all threads: x in floats, [chunks][tokens][columns of a chunk], then the columns' groups.
 int64_t chunks_of(const Linear& problem) { return ceil_div(problem.weight->columns, indexed_columns); }
 int64_t groups_offset(const Linear& problem) { return chunks_of(problem) * problem.tokens * indexed_columns * 4; }
 

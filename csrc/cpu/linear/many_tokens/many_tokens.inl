@@ -195,8 +195,8 @@ void store_panel(const Linear& problem, int64_t first_row, int64_t last_row, int
   }
 }
 
-// Codes of so many bytes of each row of a tile fit into the first level of the cache besides a panel; more of them would
-// be out again before they are decoded.
+// Codes of so many bytes of each row of a tile fit into the first level of the cache besides a panel; more of them
+// would be out again before they are decoded.
 constexpr int64_t most_near_bytes = 320;
 constexpr int to_second_level = 2;
 
