@@ -25,7 +25,7 @@ COMPRESSED_FORMAT_EXPORT const char* compressed_format_kernels() {
          "count_bits: bitmasks of contiguous rows\n"
          "expand_bitmask: int8, float8_e4m3fn and plain values\n"
          "find_uneven_quad: bitmasks of contiguous rows\n"
-         "linear: few tokens (AVX-512) and many, codes of 1 to 8 bits, int8, float8_e4m3fn, plain and 2:4 values\n"
+         "linear: few tokens and many, codes of 1 to 8 bits, int8, float8_e4m3fn, plain and 2:4 values\n"
          "pack_codes: int8 codes of 1 to 8 bits\n"
          "prune_2_of_4: plain values\n"
          "quantize: integers of 1 to 8 bits, packed too, and float8_e4m3fn, by tensor, channel, group and block\n"

@@ -13,7 +13,7 @@ namespace compressed_format {
 
 const LinearKernel* select_linear(const Linear& problem) {
   for (const ByIsa<const LinearKernel>* kernel :
-       {&split_tokens, &split_panels, &few_tokens, &plain_values, &many_tokens}) {
+       {&split_tokens, &split_panels, &few_tokens, &plain_values, &indexed_groups, &many_tokens}) {
     const LinearKernel* const found = kernel->get();
     if (found != nullptr && found->takes(problem)) return found;
   }

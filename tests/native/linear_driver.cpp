@@ -1,6 +1,6 @@
-// Multiplies with weights of every kind, by every kernel that takes them, at every level, and in several threads. Results must lie near
-// those in float64, and not depend on threads. Sanitizers see what a comparison cannot, and an emulator of an older
-// processor stops at an instruction that it does not know.
+// Multiplies with weights of every kind, by every kernel that takes them, at every level, and in several threads.
+// Results must lie near those in float64, and not depend on threads. Sanitizers see what a comparison cannot, and an
+// emulator of an older processor stops at an instruction that it does not know.
 
 #include "cpu/linear/linear.h"
 
@@ -44,6 +44,7 @@ bool right(const Kind& kind, Float type, int64_t tokens, int64_t rows, int64_t c
                        {"split_panels", split_panels},
                        {"few_tokens", few_tokens},
                        {"plain_values", plain_values},
+                       {"indexed_groups", indexed_groups},
                        {"many_tokens", many_tokens}};
   for (const Named& kernels : all) {
     for (const LinearKernel* const kernel : levels(kernels.levels)) {
@@ -53,9 +54,8 @@ bool right(const Kind& kind, Float type, int64_t tokens, int64_t rows, int64_t c
       // Weights may be rounded to the type of their scales, and both sides to bfloat16, before they are multiplied.
       if (!same || !close(y, type, tokens, rows, 0x1p-7, exact)) {
         std::printf("%s, %s: codes %d, %d bits, %d tokens of type %d, %d x %d, blocks of %d x %d\n",
-                    same ? "wrong" : "other with threads", kernels.name, int(kind.type),
-                    kind.bits, int(tokens), int(type), int(rows), int(columns), int(kind.block_rows),
-                    int(kind.block_columns));
+                    same ? "wrong" : "other with threads", kernels.name, int(kind.type), kind.bits, int(tokens),
+                    int(type), int(rows), int(columns), int(kind.block_rows), int(kind.block_columns));
         return false;
       }
     }

@@ -20,7 +20,7 @@ KINDS = [*range(1, 9), "int8", "float8"]
 
 
 def at_odd_address(tensor: torch.Tensor) -> torch.Tensor:
-    data = tensor.contiguous().view(torch.uint8).reshape(-1)
+    data = tensor.contiguous().reshape(-1).view(torch.uint8)
     memory = torch.frombuffer(bytearray(data.numel() + 1), dtype=torch.uint8)
     memory[1:] = data
     odd = torch.frombuffer(memory.numpy(), dtype=tensor.dtype, offset=1, count=tensor.numel())
@@ -100,6 +100,34 @@ def test_every_number_of_tokens(tokens):
     check(x, tensors, None, layout)
 
 
+@pytest.mark.parametrize("zero_points", ["none", "int8", "packed"])
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_columns_that_name_their_groups(scale_dtype, zero_points):
+    torch.manual_seed(8)
+    # One group, and tables of one, two and four registers, and in memory; more groups than a table has room for.
+    for kind, columns, group in [(4, 70, 70), (3, 200, 32), (8, 520, 16), (4, 1500, 16), (5, 1500, 8), (4, 2100, 2)]:
+        tensors, layout = weight_of(kind, 41, columns, group, zero_points, scale_dtype)
+        tensors[3] = (torch.randperm(columns) // group).to(torch.int32)
+        x, bias = torch.randn(20, columns), torch.randn(41)
+        odd = [None if tensor is None else at_odd_address(tensor) for tensor in tensors]
+        for tokens in (1, 2, 3, 4, 5, 20):
+            for dtype in (torch.float32, torch.bfloat16):
+                part, added = x[:tokens].to(dtype), bias.to(dtype)
+                check(part, tensors, added, layout)
+                assert torch.equal(linear(part, *odd, added, *layout), linear(part, *tensors, added, *layout))
+
+
+def test_a_scale_that_is_no_number_spoils_its_group_only():
+    torch.manual_seed(9)
+    tensors, layout = weight_of(4, 3, 70, 35, "none", torch.bfloat16)
+    tensors[3] = torch.ones(70, dtype=torch.int32)
+    tensors[1][1, 0] = tensors[1][2, 1] = torch.inf
+    for tokens in (1, 20):
+        y = linear(torch.ones(tokens, 70).bfloat16(), *tensors, None, *layout)
+        assert y[:, :2].isfinite().all()
+        assert not y[:, 2].isfinite().any()
+
+
 def test_memory_at_odd_addresses_and_strides():
     torch.manual_seed(4)
     for kind in KINDS:
@@ -171,8 +199,18 @@ def test_the_number_of_threads_changes_no_bit():
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_instruction_set(level):
     """The level is read once a process; a level that the machine lacks runs the highest that it has."""
-    tests = "every_number_of_columns or odd_addresses or scales_of_blocks or are_exact or half_of_them"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", tests]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "not instruction_set",
+    ]
     environment = {**os.environ, "COMPRESSED_FORMAT_ISA": level}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -1,9 +1,10 @@
 // y = x @ dense(weight).T + bias, straight from a compressed weight.
 //
 // Several kernels share the work. Those for few tokens are bound by reading the weight and multiply it as it comes:
-// split_tokens integer codes, by activations split into bytes, split_panels the same for a handful of tokens; few_tokens
-// codes of other kinds or for other activations, decoded in registers; plain_values what is not coded. That for many tokens decodes tiles into the cache
-// and multiplies from there. Each takes what it can and says so; what none takes is left to the reference.
+// split_tokens integer codes, by activations split into bytes; split_panels the same for a handful of tokens; few_tokens
+// codes of other kinds or for other activations, decoded in registers; plain_values what is not coded; indexed_groups
+// codes whose columns name their groups. That for many tokens decodes tiles into the cache and multiplies from there.
+// Each takes what it can and says so; what none takes is left to the reference.
 #pragma once
 
 #include <cstddef>
@@ -49,6 +50,7 @@ extern const ByIsa<const LinearKernel> split_tokens;
 extern const ByIsa<const LinearKernel> split_panels;
 extern const ByIsa<const LinearKernel> plain_values;
 extern const ByIsa<const LinearKernel> few_tokens;
+extern const ByIsa<const LinearKernel> indexed_groups;
 extern const ByIsa<const LinearKernel> many_tokens;
 
 }  // namespace compressed_format

@@ -18,6 +18,7 @@ constexpr int64_t block_rows = 48;
 #include "cpu/linear/many_tokens/many_tokens.inl"
 #include "cpu/linear/many_tokens/pairs.inl"
 #include "cpu/linear/many_tokens/coded_pairs.inl"
+#include "cpu/linear/many_tokens/indexed_pairs.inl"
 
 namespace compressed_format {
 namespace {

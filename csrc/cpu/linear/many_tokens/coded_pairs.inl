@@ -359,14 +359,5 @@ struct BytePairs {
   }
 };
 
-// What `action` makes of the best pairs for a weight, multiplied in a way that the instruction set has.
-template <template <typename> typename Way, typename Action>
-inline auto with_pairs(const Weight& weight, Action action) {
-  if (NibblePairs::takes(weight)) return action(Way<NibblePairs>{});
-  if (WindowPairs::takes(weight)) return action(Way<WindowPairs>{});
-  if (BytePairs::takes(weight)) return action(Way<BytePairs>{});
-  return action(Way<Pairs>{});
-}
-
 }  // namespace
 }  // namespace compressed_format

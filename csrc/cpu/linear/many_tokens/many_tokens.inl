@@ -195,13 +195,22 @@ void store_panel(const Linear& problem, int64_t first_row, int64_t last_row, int
   }
 }
 
+// Codes of so many bytes of each row of a tile fit into the first level of the cache besides a panel; more of them
+// would be out again before they are decoded.
+constexpr int64_t most_near_bytes = 320;
+constexpr int to_second_level = 2;
+
 // Asks memory for a strip's codes of the next block while this one is multiplied. Rows are far apart, so that the
 // processor does not foresee them by itself.
 inline void prefetch_codes(const Weight& weight, int64_t first_row, int64_t last_row, int64_t first_byte,
                            int64_t last_byte) {
+  const bool near = last_byte - first_byte <= most_near_bytes;
   for (int64_t row = first_row; row < last_row; ++row) {
     const char* const codes = static_cast<const char*>(weight.codes) + row * weight.row_bytes;
-    for (int64_t byte = first_byte; byte < last_byte; byte += 64) __builtin_prefetch(codes + byte);
+    for (int64_t byte = first_byte; byte < last_byte; byte += 64) {
+      if (near) __builtin_prefetch(codes + byte);
+      else __builtin_prefetch(codes + byte, 0, to_second_level);
+    }
   }
 }
 
