@@ -45,7 +45,8 @@ OURS, DENSE, READ = "ours", "bf16", "read"
 INT4_GROUP = 128
 ACTIVATIONS_OF_INT8 = (8, False, True, WHOLE_TOKEN)
 ACTIVATIONS_OF_FLOAT8 = (8, True, True, WHOLE_TOKEN)
-ACTIVATIONS_OF_FLOAT8_GROUPS = (8, True, True, 128)
+FLOAT8_BLOCK = 128
+ACTIVATIONS_OF_FLOAT8_BLOCKS = (8, True, True, FLOAT8_BLOCK)
 """Bits, whether they are floats, whether they are symmetric, and what shares a scale."""
 
 Tensors = tuple[torch.Tensor | None, ...]
@@ -89,7 +90,7 @@ def scales(rows: int, columns: int) -> torch.Tensor:
 
 
 def packed_integers(
-    bits: int, group: int | None, activations: tuple[int, bool, bool, int] | None, shape: tuple[int, int]
+    bits: int, group: int | None, shape: tuple[int, int], activations: tuple[int, bool, bool, int] | None = None
 ) -> Packed:
     rows, columns = shape
     group = group or columns
@@ -107,10 +108,12 @@ def floats(activations: tuple[int, bool, bool, int] | None, shape: tuple[int, in
     return Packed((codes, scales(shape[0], 1), None, None, None), (8, shape[1], 1, shape[1]), activations)
 
 
-def float_blocks(shape: tuple[int, int]) -> Packed:
+def floats_by_block(shape: tuple[int, int]) -> Packed:
+    rows, columns = shape
     codes = (torch.randn(shape) * 32).to(torch.float8_e4m3fn)
-    tensors = (codes, scales(shape[0] // 128, shape[1] // 128), None, None, None)
-    return Packed(tensors, (8, shape[1], 128, 128), ACTIVATIONS_OF_FLOAT8_GROUPS)
+    of_blocks = scales(rows // FLOAT8_BLOCK, columns // FLOAT8_BLOCK)
+    layout = (8, columns, FLOAT8_BLOCK, FLOAT8_BLOCK)
+    return Packed((codes, of_blocks, None, None, None), layout, ACTIVATIONS_OF_FLOAT8_BLOCKS)
 
 
 def half_of_values(shape: tuple[int, int]) -> Packed:
@@ -150,9 +153,15 @@ def int8pack(packed: Packed) -> tuple[list[object], Multiply]:
 
 
 def int_mm(packed: Packed) -> tuple[list[object], Multiply]:
+    return copies_of(bytes_of(packed)), lambda input, weight: torch._int_mm(input, weight.t())
+
+
+def bytes_of(packed: Packed) -> torch.Tensor:
+    """Codes as ``_int_mm`` takes them, a byte each; it leaves the scales to others."""
     codes = packed.tensors[0]
     assert codes is not None
-    return copies_of(codes), lambda input, weight: torch._int_mm(input, weight.t())
+    bits, columns = packed.layout[:2]
+    return codes if codes.dtype == torch.int8 else ops.unpack_codes(codes, bits, columns, False)
 
 
 def copies_of(weight: torch.Tensor) -> list[object]:
@@ -203,7 +212,7 @@ MANY = (64, 256, 1024)
 FAMILIES = (
     Family(
         "W4A16",
-        partial(packed_integers, 4, INT4_GROUP, None),
+        partial(packed_integers, 4, INT4_GROUP),
         INT4_RIVALS,
         {
             1: {
@@ -217,7 +226,7 @@ FAMILIES = (
     ),
     Family(
         "W8A16",
-        partial(packed_integers, 8, None, None),
+        partial(packed_integers, 8, None),
         (DENSE, "int8pack", "Q8_0"),
         {1: {LARGE: (Want(0.85, (READ,)),)}},
     ),
@@ -236,17 +245,17 @@ FAMILIES = (
     ),
     Family(
         "W4A8",
-        partial(packed_integers, 4, INT4_GROUP, ACTIVATIONS_OF_INT8),
-        (DENSE,),
-        {1: {LARGE: (Want(0.85, (READ,)),)}, **{tokens: both(Want(1.0, (DENSE,))) for tokens in MANY}},
+        partial(packed_integers, 4, INT4_GROUP, activations=ACTIVATIONS_OF_INT8),
+        (DENSE, "_int_mm"),
+        {1: both(), **{tokens: both(Want(1.0, ("_int_mm",))) for tokens in (64, 256)}},
     ),
     Family(
         "block FP8",
-        float_blocks,
+        floats_by_block,
         (DENSE,),
-        {1: {LARGE: (Want(0.85, (READ,)),)}, **{tokens: both(Want(0.85, (DENSE,))) for tokens in MANY}},
+        {1: both(), **{tokens: both(Want(0.85, (DENSE,))) for tokens in (64, 256)}},
     ),
-    Family("W3A16", partial(packed_integers, 3, INT4_GROUP, None), (DENSE,), {1: {LARGE: (Want(0.7, (READ,)),)}}),
+    Family("W3A16", partial(packed_integers, 3, INT4_GROUP), (DENSE,), {1: {LARGE: (Want(0.7, (READ,)),)}}),
     Family("2:4 bf16", half_of_values, (DENSE,), {1: both(Want(1.6, (DENSE,)))}),
 )
 
@@ -328,9 +337,8 @@ class Benchmark:
             operand = input
             if name == "_int_mm":
                 operand = torch.randint(-127, 128, input.shape, dtype=torch.int8)
-                codes = packed.tensors[0]
-                assert codes is not None
-                check(name, multiply(operand, weights[0]), operand[:CHECKED_TOKENS].float() @ codes.float().T)
+                of_codes = operand[:CHECKED_TOKENS].float() @ bytes_of(packed).float().T
+                check(name, multiply(operand, weights[0]), of_codes)
             else:
                 check(name, multiply(operand, weights[0]), expected)
             candidates[name] = rotated(partial(multiply, operand), weights)

@@ -58,12 +58,11 @@ struct Int8 {
     return add_products(sum, codes, _mm512_loadu_si512(x));
   }
 
-  template <int M>
-  static void add_dots(__m512i (&total)[rows_at_once][M], const __m512i (&codes)[rows_at_once], const char* x,
-                       int64_t x_stride) {
+  template <int R, int M>
+  static void add_dots(__m512i (&total)[R][M], const __m512i (&codes)[R], const char* x, int64_t x_stride) {
     for (int token = 0; token < M; ++token) {
       const __m512i values = _mm512_loadu_si512(x + token * x_stride);
-      for (int64_t row = 0; row < rows_at_once; ++row) {
+      for (int row = 0; row < R; ++row) {
         total[row][token] = add_products(total[row][token], raised(codes[row]), values);
       }
     }
@@ -147,10 +146,9 @@ struct Float8 {
     return add_product(sum, _mm512_loadu_si512(x), codes);
   }
 
-  template <int M>
-  static void add_dots(__m512 (&total)[rows_at_once][M], const __m512i (&codes)[rows_at_once], const char* x,
-                       int64_t x_stride) {
-    for (int64_t row = 0; row < rows_at_once; ++row) {
+  template <int R, int M>
+  static void add_dots(__m512 (&total)[R][M], const __m512i (&codes)[R], const char* x, int64_t x_stride) {
+    for (int row = 0; row < R; ++row) {
       const Pair values = decode_by_quarters(codes[row]);
       for (int token = 0; token < M; ++token) {
         const char* const at = x + token * x_stride;
@@ -167,30 +165,45 @@ struct Float8 {
   static int32_t sum_of_row(const char*, int64_t) { return 0; }
 };
 
-template <typename Kind, int M>
-void dots_of(const char* const* rows, int64_t columns, const char* x, int64_t x_stride, typename Kind::Sum* sums) {
-  typename Kind::Vector total[rows_at_once][M];
+// Sums of R rows and M tokens. While a row is read, what lies `ahead` bytes further on is fetched.
+template <typename Kind, int R, int M>
+void dots_of_rows(const char* const* rows, int64_t columns, const char* x, int64_t x_stride, int64_t ahead,
+                  typename Kind::Sum* sums) {
+  typename Kind::Vector total[R][M];
   for (auto& of_row : total) {
     for (auto& sum : of_row) sum = Kind::none();
   }
-  __m512i codes[rows_at_once];
-  // The processor fetches ahead within a page only, which a row may well fill.
-  const int64_t ahead = rows_at_once * (rows[1] - rows[0]);
+  __m512i codes[R];
   int64_t i = 0;
   for (; i + 64 <= columns; i += 64) {
-    for (int64_t row = 0; row < rows_at_once; ++row) {
+    for (int row = 0; row < R; ++row) {
       codes[row] = _mm512_loadu_si512(rows[row] + i);
       _mm_prefetch(rows[row] + i + ahead, _MM_HINT_T0);
     }
-    Kind::template add_dots<M>(total, codes, x + i * Kind::code_bytes, x_stride);
+    Kind::template add_dots<R, M>(total, codes, x + i * Kind::code_bytes, x_stride);
   }
   if (i < columns) {
     const __mmask64 rest = _bzhi_u64(~0ull, static_cast<unsigned>(columns - i));
-    for (int64_t row = 0; row < rows_at_once; ++row) codes[row] = _mm512_maskz_loadu_epi8(rest, rows[row] + i);
-    Kind::template add_dots<M>(total, codes, x + i * Kind::code_bytes, x_stride);
+    for (int row = 0; row < R; ++row) codes[row] = _mm512_maskz_loadu_epi8(rest, rows[row] + i);
+    Kind::template add_dots<R, M>(total, codes, x + i * Kind::code_bytes, x_stride);
   }
   for (int token = 0; token < M; ++token) {
-    for (int64_t row = 0; row < rows_at_once; ++row) sums[token * rows_of_task + row] = Kind::sum_of(total[row][token]);
+    for (int row = 0; row < R; ++row) sums[token * rows_of_task + row] = Kind::sum_of(total[row][token]);
+  }
+}
+
+template <typename Kind, int M>
+void dots_of(const char* const* rows, int64_t columns, const char* x, int64_t x_stride, typename Kind::Sum* sums) {
+  if constexpr (M == 1) {
+    // Memory is read faster row by row, which one token allows: there are no loads of x for rows to share. A page
+    // ahead, as the processor itself fetches within a page only.
+    constexpr int64_t ahead = 4096;
+    for (int64_t row = 0; row < rows_at_once; ++row) {
+      dots_of_rows<Kind, 1, 1>(rows + row, columns, x, x_stride, ahead, sums + row);
+    }
+  } else {
+    const int64_t ahead = rows_at_once * (rows[1] - rows[0]);
+    dots_of_rows<Kind, static_cast<int>(rows_at_once), M>(rows, columns, x, x_stride, ahead, sums);
   }
 }
 

@@ -172,7 +172,8 @@ void dots_of_spans(const QuantizedLinear& problem, const Reader& read, const cha
   const auto* const x_zeros = reinterpret_cast<const int32_t*>(x_scales + places.spans * places.tokens);
   const int64_t row_bytes = problem.weight->row_bytes, vector_bytes = 8 * read.bits;
   // The rows that come next, where they are near: the processor fetches ahead within a page only.
-  const int64_t ahead = R * row_bytes <= 16384 ? R * row_bytes : 2048;
+  // A single row is followed by the next: a page ahead is what the processor does not fetch by itself.
+  const int64_t ahead = R == 1 ? 4096 : R * row_bytes <= 16384 ? R * row_bytes : 2048;
   __m512 total[R][M];
   for (auto& of_row : total) {
     for (__m512& value : of_row) value = _mm512_setzero_ps();
@@ -260,8 +261,10 @@ void run_few(const QuantizedLinear& problem, const void* prepared, int64_t first
       take_row(problem, row, read.offset, scales + i * spans, zero_points + i * spans);
     }
     float sums[few_tokens][rows_of_task];
+    // E4M3 is bound by memory, which is read faster row by row; integers by their scales, where rows share loads of x.
+    constexpr int rows_of_one = Reader::Sums::Kind::decodes ? 1 : 4;
     switch (tokens) {
-      case 1: dots_of_task<Reader, 4, 1>(problem, read, x, rows, scales, zero_points, sums[0]); break;
+      case 1: dots_of_task<Reader, rows_of_one, 1>(problem, read, x, rows, scales, zero_points, sums[0]); break;
       case 2: dots_of_task<Reader, 4, 2>(problem, read, x, rows, scales, zero_points, sums[0]); break;
       case 3: dots_of_task<Reader, 2, 3>(problem, read, x, rows, scales, zero_points, sums[0]); break;
       default: dots_of_task<Reader, 2, 4>(problem, read, x, rows, scales, zero_points, sums[0]);
