@@ -11,6 +11,7 @@
 // a row and of a token, so that all but the multiplication itself is the same.
 
 #include "cpu/numbers.h"
+#include "cpu/zero_point.h"
 
 namespace compressed_format {
 namespace {
@@ -71,6 +72,56 @@ inline const char* token_of(const Linear& problem, int64_t token) {
   return static_cast<const char*>(problem.x) + token * problem.x_row_bytes;
 }
 
+// Decodes in floats a weight whose columns name their groups, of which there may be so many. Codes come as they are,
+// from a weight without scales; a row's scales are made floats once for all columns of the tile that look them up.
+constexpr int64_t most_indexed_groups = 256;
+
+inline bool decodes_indexed(const Weight& weight) {
+  const bool codes = weight.type == Codes::packed || weight.type == Codes::int8;
+  return codes && weight.g_idx != nullptr && weight.bitmask == nullptr && weight.block_rows == 1 &&
+         weight.scale_columns <= most_indexed_groups;
+}
+
+inline void decode_indexed(const Weight& weight, int64_t first_row, int64_t last_row, int64_t left, int64_t right,
+                           char* tile) {
+  const float one = 1.0f;
+  Weight codes = weight;
+  codes.scale = &one;
+  codes.scale_type = Float::float32;
+  codes.block_rows = weight.rows;
+  codes.block_columns = weight.columns;
+  codes.scale_columns = 1;
+  codes.zero_point = nullptr;
+  codes.zero_points = ZeroPoints::none;
+  codes.g_idx = nullptr;
+  dequantize_rows(codes, first_row, last_row, left, right, tile, tile_row_bytes, Float::float32);
+
+  const bool asymmetric = weight.zero_points != ZeroPoints::none;
+  const int64_t columns = right - left, groups = weight.scale_columns, scale_bytes = float_bytes(weight.scale_type);
+  // Vectors are whole: a tile's row has room for them, and what is missing has the first group.
+  int32_t group_of[block_steps] = {};
+  const auto* const first_group = reinterpret_cast<const char*>(weight.g_idx) + 4 * left;
+  __builtin_memcpy(group_of, first_group, static_cast<uint64_t>(4 * columns));
+  float scales[most_indexed_groups], zeros[most_indexed_groups];
+  for (int64_t row = first_row; row < last_row; ++row, tile += tile_row_bytes) {
+    const char* const source = static_cast<const char*>(weight.scale) + row * groups * scale_bytes;
+    for (int64_t i = 0; i < groups; i += lanes) {
+      const int count = static_cast<int>(smaller(lanes, groups - i));
+      store_float32(scales + i, load_value(weight.scale_type, source + i * scale_bytes, count), count);
+    }
+    for (int64_t i = 0; asymmetric && i < groups; ++i) zeros[i] = static_cast<float>(zero_point_at(weight, row, i));
+    for (int64_t i = 0; i < columns; i += lanes) {
+      float scale[lanes], zero[lanes] = {};
+      for (int lane = 0; lane < lanes; ++lane) scale[lane] = scales[group_of[i + lane]];
+      for (int lane = 0; asymmetric && lane < lanes; ++lane) zero[lane] = zeros[group_of[i + lane]];
+      F32 value = (load_float32(tile + 4 * i) - load_float32(zero)) * load_float32(scale);
+      if (weight.scale_type == Float::bfloat16) value = as_bfloat16(value);
+      if (weight.scale_type == Float::float16) value = as_float16(value);
+      store_float32(tile + 4 * i, value);
+    }
+  }
+}
+
 // The product in floats, for activations of any type: values that a smaller type holds are exact in it.
 struct Floats {
   // Each addition to a long sum rounds it, and a sum of short sums errs less than one long sum.
@@ -104,6 +155,7 @@ struct Floats {
 
   static void decode(const Weight& weight, int64_t first_row, int64_t last_row, int64_t first_step, int64_t last_step,
                      char* tile) {
+    if (decodes_indexed(weight)) return decode_indexed(weight, first_row, last_row, first_step, last_step, tile);
     dequantize_rows(weight, first_row, last_row, first_step, last_step, tile, tile_row_bytes, Float::float32);
   }
 };
