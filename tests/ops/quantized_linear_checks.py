@@ -144,6 +144,17 @@ def check_extreme_sums() -> None:
             check(input - 127, (one, zero_point, 8, False, False, 0), offset, None)
 
 
+def reference_by_token(input: torch.Tensor, arguments: tuple[Any, ...], weight: Weight) -> torch.Tensor:
+    """The reference's result, a call for each token: with AMX, torch's product lets a NaN reach the row before it."""
+    scale, zero_point, *rounding = arguments
+    results = []
+    for token in range(input.shape[0]):
+        one = slice(token, token + 1)
+        given = (None if scale is None else scale[one], None if zero_point is None else zero_point[one])
+        results.append(REFERENCE(input[one], *given, *rounding, *weight.tensors, None, *weight.layout))
+    return torch.cat(results)
+
+
 def check_what_is_not_finite() -> None:
     """A token that holds no number gives none, and leaves the others alone."""
     for dtype, value, count, is_float in itertools.product(DTYPES, (torch.nan, torch.inf), (3, 40), (False, True)):
@@ -158,7 +169,7 @@ def check_what_is_not_finite() -> None:
                 zero_point = None if scale is None or symmetric else torch.zeros(count, 1, dtype=torch.int8)
                 arguments = (scale, zero_point, 8, is_float, symmetric, -1)
                 output = ops.quantized_linear(input, *arguments, *weight.tensors, None, *weight.layout)
-                expected = REFERENCE(input, *arguments, *weight.tensors, None, *weight.layout)
+                expected = reference_by_token(input, arguments, weight)
                 assert torch.equal(output.isnan(), expected.isnan()), (dtype, value, arguments)
                 if scale is None:
                     others = [token for token in range(count) if token != 1]

@@ -6,6 +6,7 @@ extern const QuantizedLinearKernel quantized_linear_portable;
 #if COMPRESSED_FORMAT_X86
 extern const QuantizedLinearKernel quantized_linear_avx2;
 extern const QuantizedLinearKernel quantized_linear_avx512;
+extern const QuantizedLinearKernel quantized_linear_amx;
 #endif
 
 const ByIsa<const QuantizedLinearKernel> quantized_linear_kernels = [] {
@@ -14,6 +15,7 @@ const ByIsa<const QuantizedLinearKernel> quantized_linear_kernels = [] {
 #if COMPRESSED_FORMAT_X86
   kernels.avx2 = &quantized_linear_avx2;
   kernels.avx512 = &quantized_linear_avx512;
+  kernels.amx = &quantized_linear_amx;
 #endif
   return kernels;
 }();

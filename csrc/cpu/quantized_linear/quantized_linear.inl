@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t tokens_at_once = 4;
 constexpr int64_t rows_at_once = 4;
 constexpr int64_t rows_of_task = 16;
-constexpr int64_t most_rows = 48;  // that any task has
+constexpr int64_t most_rows = 64;  // that any task has
 
 inline size_t size(int64_t value) { return static_cast<size_t>(value); }
 

@@ -264,7 +264,9 @@ void block(const Linear& problem, const char* prepared, const Decoder<decoding>&
     const int64_t last = first + chunks_of_group < all ? first + chunks_of_group : all;
     __m512 sum[rows][tokens][sums];
     for (int r = 0; r < rows; ++r) {
-      for (int t = 0; t < tokens; ++t) sum[r][t][0] = sum[r][t][sums - 1] = _mm512_setzero_ps();
+      for (int t = 0; t < tokens; ++t) {
+        for (__m512& part : sum[r][t]) part = _mm512_setzero_ps();
+      }
     }
     for (int64_t chunk = first; chunk < last; ++chunk) {
       const int64_t offset = chunk * chunk_bytes;

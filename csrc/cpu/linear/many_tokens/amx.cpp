@@ -3,7 +3,7 @@
 // A tile is sixteen rows of 64 bytes. Sixteen rows of decoded weights are one, sixteen steps of a panel another, and
 // the sums of those rows for that panel the third: all three lie in memory as vectors want them, so that only the
 // multiplication itself differs.
-#include "cpu/simd/avx512.h"
+#include "cpu/simd/amx.h"
 
 #include "cpu/dequantize/dequantize.h"
 #include "cpu/linear/many_tokens/many_tokens.h"
@@ -11,8 +11,6 @@
 
 namespace compressed_format {
 namespace {
-
-constexpr int tile_rows = 16;
 
 // Two tiles of weights times two panels: their sums are four of eight tiles, and each that is loaded is used twice.
 constexpr int strip_rows = 2 * tile_rows;
@@ -32,28 +30,6 @@ namespace {
 // How many steps a tile holds. Whole tiles are multiplied: panels are filled up with zeros, and so are decoded rows.
 constexpr int64_t tile_steps = 16;
 static_assert(block_steps % tile_steps == 0 && lanes == tile_rows);
-
-// The compiler does not know which memory the instructions on tiles read, and must not put off what is written there.
-inline void write_out() { asm volatile("" ::: "memory"); }
-
-struct Configuration {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-static_assert(sizeof(Configuration) == 64);
-
-// All eight tiles of this thread in their full size.
-inline void take_tiles() {
-  Configuration configuration;
-  for (int tile = 0; tile < 8; ++tile) {
-    configuration.row_bytes[tile] = 64;
-    configuration.rows[tile] = tile_rows;
-  }
-  asm volatile("ldtilecfg %0" ::"m"(configuration));
-}
 
 // As Product, whose weights and panels it takes, but multiplied in tiles.
 template <typename Product>
@@ -142,7 +118,7 @@ void run_any(const Linear& problem, const void* prepared, int64_t first_task, in
   with_pairs<InTiles>(*problem.weight, [&](auto product) {
     run<decltype(product)>(problem, prepared, first_task, last_task);
   });
-  _tile_release();  // so that less has to be saved when the thread is interrupted
+  _tile_release();
 }
 
 }  // namespace
