@@ -14,7 +14,7 @@ from compressed_format.bitpack import pack_codes
 from compressed_format.scales import round_to_codes
 from tests.checks import assert_same_bits
 from tests.ops.activation_checks import DTYPES, misaligned
-from tests.ops.quantized_linear_checks import REFERENCE, Weight, reference_by_token
+from tests.ops.quantized_linear_checks import Weight, reference_by_token
 
 FLOAT = (8, True, True)
 SYMMETRIC, ASYMMETRIC = (8, False, True), (8, False, False)

@@ -24,6 +24,7 @@ constexpr int64_t tile_row_bytes = tile_block_steps * 4 + 64;  // the rest over 
 constexpr int64_t tile_steps = 16;
 
 struct Int8Tiles : Int8 {
+  static constexpr int64_t tokens_of_task = chunk_tokens;
   static constexpr int32_t offset = 0;
   static constexpr int64_t steps_at_once = tile_steps;
 
@@ -44,6 +45,8 @@ struct Int8Tiles : Int8 {
 };
 
 struct Float8Tiles : Float8 {
+  // Decoded once for all of these; for half of them that would be a fifth of the time.
+  static constexpr int64_t tokens_of_task = 2 * chunk_tokens;
   static constexpr int64_t steps_at_once = tile_steps;
 
   static void take(const char* codes, int64_t count, char* target) {
@@ -57,18 +60,18 @@ struct Float8Tiles : Float8 {
   }
 };
 
-// Twice as many tokens as vectors take: E4M3 is decoded once for all of them, which takes a fifth of the time of 256.
-constexpr int64_t tokens_of_task = 2 * chunk_tokens;
+
 // Between sums of one row and of the next: again the rest over a power of two.
-constexpr int64_t sums_of_row = tokens_of_task + panel_tokens;
+template <typename Kind>
+constexpr int64_t sums_of_row = Kind::tokens_of_task + panel_tokens;
 
 // Rows of the weight times panels of x, P * 64 bytes a step apart, added to sums unless these begin here: two tiles of
 // rows and two panels, or four tiles of rows and one panel.
 template <typename Kind, int panels>
 void multiply_strip(const char* weight, const char* x, int64_t x_stride, int64_t steps, typename Kind::Sum* sums,
                     bool begins) {
-  constexpr int64_t tile_of_weight = tile_rows * tile_row_bytes, sums_stride = sums_of_row * 4;
-  constexpr int64_t tile_of_sums = tile_rows * sums_of_row;
+  constexpr int64_t tile_of_weight = tile_rows * tile_row_bytes, sums_stride = sums_of_row<Kind> * 4;
+  constexpr int64_t tile_of_sums = tile_rows * sums_of_row<Kind>;
   typename Kind::Sum* const others = sums + (panels == 2 ? panel_tokens : 2 * tile_of_sums);
   write_out();
   if (begins) {
@@ -117,19 +120,20 @@ void multiply_group(const char* weight, int64_t count, const char* x, int64_t pa
   for (; panel + 2 <= panels; panel += 2) {
     for (int64_t row = 0; row < count; row += strip_rows) {
       multiply_strip<Kind, 2>(weight + row * tile_row_bytes, x + panel * 64, x_stride, steps,
-                              sums + row * sums_of_row + panel * panel_tokens, begins);
+                              sums + row * sums_of_row<Kind> + panel * panel_tokens, begins);
     }
   }
   if (panel < panels) {
     for (int64_t row = 0; row < count; row += 2 * strip_rows) {
       multiply_strip<Kind, 1>(weight + row * tile_row_bytes, x + panel * 64, x_stride, steps,
-                              sums + row * sums_of_row + panel * panel_tokens, begins);
+                              sums + row * sums_of_row<Kind> + panel * panel_tokens, begins);
     }
   }
 }
 
+template <typename Kind>
 int64_t tasks_in_tiles(const QuantizedLinear& problem) {
-  return ceil_div(problem.activations->tokens, tokens_of_task) * ceil_div(problem.weight->rows, rows_of_tiles);
+  return ceil_div(problem.activations->tokens, Kind::tokens_of_task) * ceil_div(problem.weight->rows, rows_of_tiles);
 }
 
 template <typename Kind>
@@ -141,7 +145,7 @@ void run_in_tiles(const QuantizedLinear& problem, const void* prepared, int64_t 
   const int64_t row_tasks = ceil_div(weight.rows, rows_of_tiles), all_steps = steps_of<Kind>(activations);
   const auto* const scales = static_cast<const TokenScale*>(prepared);
   const char* const x = static_cast<const char*>(prepared) + scales_bytes(problem);
-  constexpr int64_t sums_bytes = rows_of_tiles * sums_of_row * 4;
+  constexpr int64_t sums_bytes = rows_of_tiles * sums_of_row<Kind> * 4;
   auto* const memory = static_cast<char*>(
       scratch(Scratch::for_this_thread, size(sums_bytes + rows_of_tiles * tile_row_bytes)));
   auto* const sums = reinterpret_cast<Sum*>(memory);
@@ -150,8 +154,8 @@ void run_in_tiles(const QuantizedLinear& problem, const void* prepared, int64_t 
   for (int64_t task = first_task; task < last_task; ++task) {
     const int64_t chunk = task / row_tasks;  // tasks that follow each other read the same x
     const int64_t first = task % row_tasks * rows_of_tiles;
-    const int64_t first_token = chunk * tokens_of_task;
-    const int64_t tokens = smaller(tokens_of_task, activations.tokens - first_token);
+    const int64_t first_token = chunk * Kind::tokens_of_task;
+    const int64_t tokens = smaller(Kind::tokens_of_task, activations.tokens - first_token);
     const int64_t first_group = first_token / group_tokens, groups = ceil_div(tokens, group_tokens);
     Rows rows;
     describe<Kind>(problem, first, smaller(rows_of_tiles, weight.rows - first), rows);
@@ -168,7 +172,7 @@ void run_in_tiles(const QuantizedLinear& problem, const void* prepared, int64_t 
         multiply_group<Kind>(taken, rows.count, at, panels, steps, sums + group * group_tokens, step == 0);
       }
     }
-    finish_chunk<Kind>(problem, scales, rows, sums, sums_of_row, first_token, tokens);
+    finish_chunk<Kind>(problem, scales, rows, sums, sums_of_row<Kind>, first_token, tokens);
   }
   _tile_release();
 }
@@ -178,7 +182,7 @@ constexpr QuantizedLinearKernel in_tiles = {
     bytes_by_panel<Kind>,
     parts_by_token,  // sixteen tokens, which are a panel
     prepare_by_panel<Kind>,
-    tasks_in_tiles,
+    tasks_in_tiles<Kind>,
     [](const QuantizedLinear&) -> int64_t { return 1; },
     run_in_tiles<Kind>,
 };
