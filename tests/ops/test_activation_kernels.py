@@ -3,14 +3,11 @@ on every instruction set that this machine has."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from compressed_format import ops
-from compressed_format.ops.extension import INSTRUCTION_SETS, ISA_VARIABLE
+from compressed_format.ops.extension import INSTRUCTION_SETS
+from tests.ops.processes import run_python
 
 _HERE = ops.backend_info()["cpu"]["instructions"]
 
@@ -24,13 +21,5 @@ pytestmark = pytest.mark.skipif(_HERE is None, reason="there is no native librar
 def test_kernels_against_the_definition(program: str, instructions: str) -> None:
     if INSTRUCTION_SETS.index(instructions) > INSTRUCTION_SETS.index(_HERE):
         pytest.skip(f"this machine has no {instructions}")
-    done = subprocess.run(
-        [sys.executable, "-m", f"tests.ops.{program}"],
-        env={**os.environ, ISA_VARIABLE: instructions},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [instructions]
+    printed = run_python(instructions, "-m", f"tests.ops.{program}")
+    assert printed.split() == [instructions]

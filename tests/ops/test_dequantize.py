@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,8 @@ from torch.library import opcheck
 from compressed_format import bitpack, ops
 from compressed_format.bitmask import pack_bitmask
 from compressed_format.errors import OpArgumentError
-from compressed_format.ops.extension import INSTRUCTION_SETS, ISA_VARIABLE
+from compressed_format.ops.extension import INSTRUCTION_SETS
+from tests.ops.processes import run_python
 
 CHECKS = Path(__file__).parent / "dequantize_checks.py"
 native = torch.ops.compressed_format
@@ -28,15 +27,7 @@ def test_every_set_of_instructions(instructions: str) -> None:
     own = ops.backend_info()["cpu"]["instructions"]
     if INSTRUCTION_SETS.index(instructions) > INSTRUCTION_SETS.index(own):
         pytest.skip(f"this machine has no {instructions}")
-    done = subprocess.run(
-        [sys.executable, CHECKS, "7", "300"],
-        env={**os.environ, ISA_VARIABLE: instructions},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == instructions
+    assert run_python(instructions, CHECKS, "7", "300").strip() == instructions
 
 
 def test_literal_values() -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 
 from compressed_format import bitpack, ops
 from tests.checks import assert_same_bits
+from tests.ops.processes import run_tests
 
 LEVELS = ("portable", "avx2", "avx512", "amx")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -239,7 +237,4 @@ def test_nothing_to_compute() -> None:
 def test_every_instruction_set(level: str) -> None:
     """The level is read once a process; a level that the machine lacks runs the highest that it has."""
     tests = "what_linear_does or wherever_rows_lie or every_stride"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", tests]
-    environment = {**os.environ, "COMPRESSED_FORMAT_ISA": level}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
+    run_tests(level, __file__, tests)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -15,6 +12,7 @@ from compressed_format import ops
 from compressed_format.activations import WHOLE_TENSOR, WHOLE_TOKEN
 from compressed_format.errors import OpArgumentError
 from tests.checks import assert_same_bits
+from tests.ops.processes import run_tests
 from tests.ops.test_expert_kernels import FLOATS, LEVELS, STACKS, Stack, at_odd_address, inputs, routes, stack_of
 from tests.ops.test_reference_ops import called, each_twin, op, opcheck, raises_alike
 
@@ -128,10 +126,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 def test_every_instruction_set(level: str) -> None:
     """The level is read once a process; a level that the machine lacks runs the highest that it has."""
     tests = "what_quantized_linear_does or every_stride or close_to"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", tests]
-    environment = {**os.environ, "COMPRESSED_FORMAT_ISA": level}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
+    run_tests(level, __file__, tests)
 
 
 # What torch expects of an op -----------------------------------------------------------------------------------------

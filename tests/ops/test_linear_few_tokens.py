@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from compressed_format import bitpack
 from compressed_format.bitmask import pack_bitmask
+from tests.ops.processes import run_tests
 
 linear = torch.ops.compressed_format.linear.default
 dequantize = torch.ops.compressed_format.dequantize_reference.default
@@ -199,18 +196,4 @@ def test_the_number_of_threads_changes_no_bit():
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_instruction_set(level):
     """The level is read once a process; a level that the machine lacks runs the highest that it has."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        "not instruction_set",
-    ]
-    environment = {**os.environ, "COMPRESSED_FORMAT_ISA": level}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
+    run_tests(level, __file__, "not instruction_set")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 
 from compressed_format import bitpack, ops
+from tests.ops.processes import run_tests
 
 LEVELS = ("portable", "avx2", "avx512", "amx")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -201,11 +200,4 @@ def test_every_set_of_instructions(level: str) -> None:
     here = ops.backend_info()["cpu"]["instructions"]
     if here not in LEVELS or LEVELS.index(level) >= LEVELS.index(here):
         pytest.skip(f"the tests above ran {here}, and nothing higher runs here")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "COMPRESSED_FORMAT_ISA": level},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
+    run_tests(level, __file__)
